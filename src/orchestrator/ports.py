@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 from src.audio.pcm import Float32, Int16
-from src.rpc.ws_events import ServerEvent
+from src.rpc.ws_events import Latency, ServerEvent
 
 MIC_RATE = 16_000
 MIC_STEP_MS = 10
@@ -225,3 +225,31 @@ class MicSink(Protocol):
     def on_text(self, text: str, *, speak: bool) -> None: ...
 
     def on_model_switch(self, model: str, voice: str) -> None: ...
+
+
+class SessionObserver(Protocol):
+    """Where a session reports what it measured. Never text, never audio."""
+
+    def session_opened(self) -> None: ...
+
+    def session_closed(self, reason: str) -> None: ...
+
+    def turn_finished(self, latency: Latency) -> None: ...
+
+    def barge_in(self, verdict: str) -> None:
+        """One of `real`, `false`."""
+        ...
+
+    def edge_to_last_frame(self, ms: float) -> None:
+        """From the detector's edge to the moment after which no frame leaves."""
+        ...
+
+    def edge_to_worker_paused(self, ms: float) -> None: ...
+
+    def frame_sent(self, late_ms: float) -> None:
+        """How late a frame left against its utterance's 20 ms grid; feeds the jitter histogram."""
+        ...
+
+    def frames_kept(self, count: int) -> None:
+        """Frames held back or not yet heard: the session's queue depth."""
+        ...

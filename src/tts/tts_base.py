@@ -2,7 +2,7 @@
 
 An `Adapter` is what a family is: its static capabilities and how to load one of its models. A
 `Model` is one loaded set of weights; `stream` runs on a thread of its own, may block, and looks at
-its cancel token between steps. The family's package is imported inside `load`, never at import time.
+its cancel token between steps. The family's package is imported inside `load`, never before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class WordMark:
-    """One word: [start_ms, end_ms) from the first sample of its chunk, and its place in the text."""
+    """One word: [start_ms, end_ms) from its chunk's first sample, and its place in the text."""
 
     text: str
     start_ms: int
