@@ -1,0 +1,90 @@
+set shell := ["bash", "-eu", "-o", "pipefail", "-c"]
+
+# Show what there is.
+default:
+    @just --list --unsorted
+
+# ===== Try it =====
+
+# A spoken conversation with a barge-in: everything real, nothing to set up.
+demo *ARGS:
+    uv run python -m src.demo.run {{ARGS}}
+
+# Registry, language model, worker and orchestrator together; stays up until Ctrl-C.
+up *ARGS:
+    uv run python -m src.demo.stack {{ARGS}}
+
+# Talk from a terminal: microphone if there is one, else --in talk.wav --out reply.wav.
+cli HOST="ws://localhost:8080" *ARGS:
+    uv run python -m src.client.cli_client --host {{HOST}} {{ARGS}}
+
+# ===== Quality =====
+
+lint:
+    uv run ruff check .
+    uv run ruff format --check .
+
+fix:
+    uv run ruff check . --fix
+    uv run ruff format .
+
+typecheck:
+    uv run mypy
+
+test *ARGS:
+    uv run pytest {{ARGS}}
+
+# What must pass before anything lands.
+ci: lint typecheck test
+
+# The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
+test-worker PYTHON="3.10":
+    UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice
+
+# The whole suite on another Python.
+test-python PYTHON:
+    UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest
+
+# Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
+bench *ARGS:
+    uv run python -m benchmarks {{ARGS}}
+
+# ===== Infrastructure =====
+
+# A registry without docker: Valkey out of a wheel, or whatever server is on the machine.
+redis PORT="6379":
+    uv run python -m src.common.embedded_redis --port {{PORT}}
+
+# A small language model behind an OpenAI-compatible endpoint.
+run-llm *ARGS:
+    uv run python scripts/run_llm.py {{ARGS}}
+
+# ===== Generators =====
+
+gen-proto:
+    uv run python scripts/gen_proto.py
+
+gen-schema:
+    uv run python scripts/protocol_schema.py
+
+# ===== Runtime =====
+# Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just run-tts-cosy DEFAULT=cosyvoice2-en-base`.
+
+run-tts-cosy DEFAULT="cosyvoice2-en-base" PRELOAD="" PORT="7001": (_run-tts "cosyvoice2" DEFAULT PRELOAD PORT)
+
+run-tts-piper DEFAULT="piper-en-joe" PRELOAD="" PORT="7002": (_run-tts "piper" DEFAULT PRELOAD PORT)
+
+_run-tts ADAPTER DEFAULT PRELOAD PORT:
+    uv run watchfiles --filter python "python -m src.tts.worker --adapter {{ADAPTER}} --port {{trim_start_match(PORT, 'PORT=')}} --default_model {{trim_start_match(DEFAULT, 'DEFAULT=')}} {{ if trim_start_match(PRELOAD, 'PRELOAD=') == '' { '' } else { '--preload_models ' + trim_start_match(PRELOAD, 'PRELOAD=') } }} --allow_fallback" src configs
+
+# Starts an embedded registry by itself when there is none.
+run-orch *ARGS:
+    uv run watchfiles --filter python "python -m src.orchestrator.server --livekit --ws {{ARGS}}" src configs
+
+# ===== Profiling =====
+
+spy-top PID:
+    uv run py-spy top --pid {{PID}}
+
+spy-record PID OUT="profile.svg":
+    uv run py-spy record -o {{OUT}} --pid {{PID}} --duration 30
