@@ -1,0 +1,111 @@
+"""Child processes that die with us, write to their own log, and say why when they end too soon."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from src.common.tasks import timeout
+
+TAIL_LINES = 12
+STOP_GRACE_S = 8.0
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1
+
+
+class ProcessFailed(RuntimeError):
+    """A child ended, or was not ready in time; the message ends with the last lines of its log."""
+
+
+class Child:
+    """One running child process."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.name = name
+        self.log = log
+        self._process = process
+
+    @classmethod
+    async def start(
+        cls, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None
+    ) -> Child:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as sink:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sink,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                # Ctrl-C in a terminal is for the parent, which then stops its children in order.
+                start_new_session=True,
+                preexec_fn=die_with(os.getpid()),
+            )
+        return cls(name, process, log)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def ready(self, probe: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
+        """Poll `probe` until it is true. Raises ProcessFailed if the child ends, or is too late."""
+        try:
+            async with timeout(timeout_s):
+                while not await probe():
+                    if not self.running:
+                        raise self._failed(f"ended with status {self._process.returncode}")
+                    await asyncio.sleep(POLL_S)
+        except asyncio.TimeoutError:  # the builtin's other name, but not before 3.11
+            raise self._failed(f"was not ready after {timeout_s:.0f} s") from None
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """SIGTERM, a while to finish, then SIGKILL. Idempotent."""
+        if not self.running:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            async with timeout(STOP_GRACE_S):
+                await self._process.wait()
+        except asyncio.TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    def _failed(self, what: str) -> ProcessFailed:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        tail = "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
+        return ProcessFailed(f"{self.name} {what}; the end of {self.log}:\n{tail}")
+
+
+def die_with(parent: int) -> Callable[[], None]:
+    """For `preexec_fn`: a parent that is killed leaves nothing behind (Linux; else no-op)."""
+    if sys.platform != "linux":
+        return lambda: None
+    libc = ctypes.CDLL(None)
+
+    def ask_the_kernel() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return ask_the_kernel
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody holds at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
