@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -58,14 +59,38 @@ class CancelToken:
     """Set once, from any thread; seen by the synthesis between its steps."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._callbacks: list[Callable[[], None]] = []
 
     def cancel(self) -> None:
-        self._event.set()
+        with self._lock:
+            self._cancelled = True
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback()
 
     @property
     def cancelled(self) -> bool:
-        return self._event.is_set()
+        return self._cancelled
+
+    @contextmanager
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Inside, `cancel` calls `callback` (short, not raising), to end a step that is running.
+
+        Called at once if cancelled already; never called after the block.
+        """
+        with self._lock:
+            if not self._cancelled:
+                self._callbacks.append(callback)
+            else:
+                callback()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if callback in self._callbacks:
+                    self._callbacks.remove(callback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,10 @@ class Model(Protocol):
 class Adapter(Protocol):
     family: str
     capabilities: AdapterCapabilities
+
+    def check_installed(self) -> None:
+        """Cheap, and imports nothing heavy. Raises MissingPackage."""
+        ...
 
     def load(
         self,
