@@ -32,6 +32,10 @@ def load_config(
     were not given do not hide the file. Raises ConfigError with the file, the key and the reason.
     """
     raw = _read(path)
+    for section in model.model_fields:
+        # A section whose keys are all commented out reads as None.
+        if raw.get(section, raw) is None:
+            del raw[section]
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _set(raw, dotted, value)
@@ -69,6 +73,8 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
         raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            return  # not a section: the model will say so
     raw[leaf] = value
 
 
