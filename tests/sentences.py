@@ -1,0 +1,36 @@
+"""Thirty sentences with everyday words, some numerals and no rare names."""
+
+from __future__ import annotations
+
+SENTENCES = (
+    "The train to the airport leaves every ten minutes from platform three.",
+    "Please remember to close the window before you leave the room.",
+    "She bought fresh bread, some cheese and a bottle of milk.",
+    "The meeting was moved to Friday afternoon because of the weather.",
+    "There are seven days in a week and twelve months in a year.",
+    "My brother plays the piano better than anyone I know.",
+    "If it rains tomorrow, we will stay at home and watch a movie.",
+    "The capital of France is Paris, which lies on the river.",
+    "He opened the letter slowly and read it twice.",
+    "The library closes at nine in the evening.",
+    "Water boils at one hundred degrees at sea level.",
+    "We walked along the beach until the sun went down.",
+    "The doctor told him to rest for at least two weeks.",
+    "Could you tell me how to get to the station?",
+    "A small dog was sleeping under the kitchen table.",
+    "The new bridge will be finished by the end of the summer.",
+    "I would like a cup of coffee without sugar.",
+    "They have lived in the same house for twenty years.",
+    "The children were playing football in the garden.",
+    "It takes about four hours to drive to the mountains.",
+    "Her answer was short, but it was exactly right.",
+    "The museum is free on the first Sunday of the month.",
+    "Nobody knows why the lights went out last night.",
+    "The soup needs a little more salt and pepper.",
+    "Our flight was late, so we missed the last bus.",
+    "The teacher wrote the question on the board.",
+    "You can find the answer at the bottom of the page.",
+    "The old clock on the wall has stopped again.",
+    "He promised to call me as soon as he arrives.",
+    "Thank you for your help, I really appreciate it.",
+)
