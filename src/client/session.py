@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import aiohttp
@@ -48,6 +49,17 @@ class SessionFailed(DuplexError):
         self.error = error
 
 
+@dataclass(slots=True)
+class Flushed:
+    """One obeyed `flush`: `edge_ms` is the server's audio time, the others are the client's own."""
+
+    utterance_id: str
+    edge_ms: int
+    received_ms: float
+    heard_seq: int
+    silent_ms: float | None = None
+
+
 class VoiceClient:
     """One connected session.
 
@@ -72,8 +84,7 @@ class VoiceClient:
         self.ended: SessionEnded | None = None
         self.close_code: int | None = None
         self.closed = asyncio.Event()
-        self.flush_to_silence_ms: list[float] = []
-        self._flushed_at: float | None = None
+        self.flushes: list[Flushed] = []
         self._acked = self.player.position
 
     def now_ms(self) -> float:
@@ -129,10 +140,9 @@ class VoiceClient:
             self.ended = event
 
     async def _flush(self, event: Flush) -> None:
-        if self.player.playing:
-            self._flushed_at = self.now_ms()
         position = self.player.flush()
         seq = position.seq if position.utterance_id == event.utterance_id else -1
+        self.flushes.append(Flushed(event.utterance_id, event.at_ms, self.now_ms(), seq))
         await self._send(Playback(utterance_id=event.utterance_id, seq=seq, flushed=True))
         self._acked = position
 
@@ -150,9 +160,8 @@ class VoiceClient:
                 await self._acknowledge()
 
     def _note_silence(self) -> None:
-        if self._flushed_at is not None:
-            self.flush_to_silence_ms.append(self.now_ms() - self._flushed_at)
-            self._flushed_at = None
+        if self.flushes and self.flushes[-1].silent_ms is None:
+            self.flushes[-1].silent_ms = self.now_ms()
 
     async def _acknowledge(self) -> None:
         position = self.player.position

@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from src.audio.pcm import SAMPLE_RATE, Int16
-from src.rpc.ws_events import BargeIn, Flush, Heard, ServerEvent, Speech, TranscriptEvent
+from src.client.session import Flushed
+from src.rpc.ws_events import BargeIn, Heard, ServerEvent, Speech, TranscriptEvent
 
 MIC_RATE = 16_000
 EventT = TypeVar("EventT")
@@ -38,14 +39,20 @@ class Span:
 
 @dataclass(frozen=True)
 class Cut:
-    """One edge in the agent's speech: when the detector called it, when the client fell silent."""
+    """One pause of the agent and the verdict that followed it."""
 
-    utterance_id: str
-    edge_ms: float
-    flushed_ms: float
-    silence_ms: float
+    flush: Flushed
     verdict: str
     verdict_ms: float
+
+    @property
+    def edge_ms(self) -> float:
+        return float(self.flush.edge_ms)
+
+    @property
+    def silence_ms(self) -> float:
+        """When the client's buffer had fallen silent."""
+        return self.flush.silent_ms or self.flush.received_ms
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Recording:
     agent: Int16
     events: list[Timed] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
-    silences_ms: dict[str, float] = field(default_factory=dict)
+    flushes: list[Flushed] = field(default_factory=list)
 
     def of(self, kind: type[EventT]) -> Iterator[tuple[float, EventT]]:
         for timed in self.events:
@@ -88,15 +95,11 @@ class Recording:
 
     def cuts(self) -> list[Cut]:
         """Every pause of the agent with the verdict that followed it."""
-        out = []
-        flushes = list(self.of(Flush))
         verdicts = [(at, event) for at, event in self.of(BargeIn) if event.verdict != "pending"]
-        for (at, flush), (verdict_at, verdict) in zip(flushes, verdicts, strict=False):
-            silence = self.silences_ms.get(f"{flush.utterance_id}@{flush.at_ms}", at)
-            out.append(
-                Cut(flush.utterance_id, flush.at_ms, at, silence, verdict.verdict, verdict_at)
-            )
-        return out
+        return [
+            Cut(flush, verdict.verdict, at)
+            for flush, (at, verdict) in zip(self.flushes, verdicts, strict=False)
+        ]
 
     def stereo(self) -> Int16:
         """48 kHz, two columns: the user left, the agent right."""
