@@ -62,7 +62,7 @@ def load_policy(path: Path, overrides: Mapping[str, Any] | None = None) -> Routi
 class WorkerView:
     """A worker as it announced itself, and what this process knows better than its last heartbeat.
 
-    `unseen` counts the sessions opened here since then; `open_here` all that are open here.
+    `unseen`: sessions opened here since then, less those closed; `open_here`: all that are open.
     """
 
     announcement: Announcement
@@ -82,12 +82,15 @@ class WorkerView:
     def queue_depth(self) -> int:
         # What was just sent there will queue there: otherwise all decisions between two heartbeats
         # would fall on the same worker.
-        return self.announcement.metrics.queue_depth + self.unseen
+        return self.announcement.metrics.queue_depth + max(self.unseen, 0)
 
     @property
     def full(self) -> bool:
+        # What was opened since is left out: it may be among the announced sessions already, and a
+        # claim that is one too many is refused where it is counted exactly.
         limit = self.announcement.max_sessions
-        return limit > 0 and max(self.announcement.metrics.sessions, self.open_here) >= limit
+        announced = self.announcement.metrics.sessions + min(self.unseen, 0)
+        return limit > 0 and max(announced, self.open_here) >= limit
 
 
 @dataclass(frozen=True, slots=True)
