@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator
 
 if sys.version_info >= (3, 11):
     from asyncio import TaskGroup, timeout
+    from builtins import BaseExceptionGroup
 else:
+    from exceptiongroup import BaseExceptionGroup
     from taskgroup import TaskGroup, timeout
 
-__all__ = ["TaskGroup", "cancel_and_wait", "timeout"]
+__all__ = ["TaskGroup", "cancel_and_wait", "leaves", "timeout"]
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside a group, and inside groups within it; of any other error, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
 
 
 async def cancel_and_wait(task: asyncio.Task[object]) -> None:
