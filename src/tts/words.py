@@ -7,6 +7,7 @@ in punctuation is made to end where the audio pauses.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _HOP_MS = 5
 _SILENCE_DB = -38.0  # below the loudest hop
 _PAUSE_MS = 50
 _REACH_MS = 600.0
+_REST = 3.0  # of a comma, in the unit of `weight`
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_UNSPACED}][^\s\w]*|[^\s{_UNSPACED}]+")
@@ -84,28 +86,36 @@ def weight(word: str) -> float:
         elif char.isalpha():
             # A character of a script without cases is a syllable or most of one.
             total += 1.0 if char.lower() != char.upper() else 2.5
-    return total + len(_VOWELS.findall(word)) + 0.5
+    return max(1.0, total + len(_VOWELS.findall(word)) - 0.7)
 
 
 def _spread(
-    words: Sequence[Token], onset: float, offset: float, pauses: list[tuple[float, float]]
+    words: Sequence[Token], onset: float, offset: float, pauses: Sequence[tuple[float, float]]
 ) -> list[int]:
-    """len(words) + 1 edges in ms, rising, from `onset` to `offset`."""
-    shares = np.concatenate(([0.0], np.cumsum([weight(word.text) for word in words])))
-    anchors = [(0, onset), (len(words), offset)]
-    guess = onset + shares / shares[-1] * (offset - onset)
-    edges_at_pause = [i + 1 for i, word in enumerate(words[:-1]) if _PAUSING.search(word.text)]
-    for edge, pause in _match([float(guess[i]) for i in edges_at_pause], pauses):
-        anchors.insert(-1, (edges_at_pause[edge], pause))
-    places, times = zip(*anchors, strict=True)
-    spread = np.interp(shares, shares[list(places)], times)
-    return [int(edge) for edge in spread]
+    """len(words) + 1 edges in ms, rising, from `onset` to `offset`.
+
+    A pause counts with the word after it, but takes no part in the spreading.
+    """
+    weights = [weight(word.text) for word in words]
+    rests = [_REST if _PAUSING.search(word.text) else 0.0 for word in words[:-1]]
+    places = list(itertools.accumulate(map(sum, zip(weights, [0.0, *rests], strict=True))))
+    scale = (offset - onset) / places[-1]
+    ends = [i + 1 for i, rest in enumerate(rests) if rest]
+    pairs = _match([onset + places[end - 1] * scale for end in ends], pauses)
+    stops = [*((ends[i], *pauses[j]) for i, j in pairs), (len(words), offset, offset)]
+    edges: list[float] = []
+    first, edge, begin = 0, onset, onset
+    for last, stop, resume in stops:
+        inner = np.cumsum(weights[first:last])
+        edges += [edge, *(begin + inner[:-1] / inner[-1] * (stop - begin)).tolist()]
+        first, edge, begin = last, stop, resume
+    return [int(edge) for edge in [*edges, offset]]
 
 
 def _match(
     guesses: Sequence[float], pauses: Sequence[tuple[float, float]]
-) -> list[tuple[int, float]]:
-    """Pair guessed edges with pauses in order, at the least cost; (index, pause start in ms).
+) -> list[tuple[int, int]]:
+    """Pair guessed edges with pauses in order, at the least cost; indexes into both.
 
     An edge without a pause costs as much as a distance of `_REACH_MS`, so far ones stay unpaired.
     """
@@ -117,7 +127,7 @@ def _match(
             paired = cost[row - 1, column - 1] + _distance(guesses[row - 1], pauses[column - 1])
             alone = cost[row - 1, column] + _REACH_MS
             cost[row, column] = min(paired, alone, cost[row, column - 1])
-    pairs: list[tuple[int, float]] = []
+    pairs: list[tuple[int, int]] = []
     row, column = rows - 1, columns - 1
     while row and column:
         if cost[row, column] == cost[row, column - 1]:
@@ -126,7 +136,7 @@ def _match(
             row -= 1
         else:
             row, column = row - 1, column - 1
-            pairs.append((row, pauses[column][0]))
+            pairs.append((row, column))
     return pairs[::-1]
 
 

@@ -36,7 +36,8 @@ class RunGate:
         self._running = 0
         self._condition = threading.Condition()
         self._order = itertools.count()
-        self._waiting: list[tuple[float, int, bool]] = []
+        self.waiting: list[tuple[float, int, bool]] = []
+        """(when its audio is due, order of arrival, not its first piece) of those in the queue."""
 
     @contextmanager
     def turn(self, deadline: Deadline, cancel: CancelToken) -> Iterator[bool]:
@@ -52,10 +53,10 @@ class RunGate:
     def _enter(self, deadline: Deadline, cancel: CancelToken) -> bool:
         ticket = (deadline.due_s, next(self._order), deadline.started)
         with self._condition:
-            heapq.heappush(self._waiting, ticket)
+            heapq.heappush(self.waiting, ticket)
             self._condition.wait_for(lambda: cancel.cancelled or self._may_run(ticket))
-            self._waiting.remove(ticket)
-            heapq.heapify(self._waiting)
+            self.waiting.remove(ticket)
+            heapq.heapify(self.waiting)
             if not cancel.cancelled:
                 self._running += 1
             self._condition.notify_all()
@@ -67,7 +68,7 @@ class RunGate:
         if self._running >= self._slots - (kept if later else 0):
             return False
         # A later piece that is due earlier does not hold up a first one: the kept slot is not its.
-        rivals = (t for t in self._waiting if later or not kept or not t[2])
+        rivals = (t for t in self.waiting if later or not kept or not t[2])
         return all(ticket <= rival for rival in rivals)
 
     def _leave(self) -> None:
