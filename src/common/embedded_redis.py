@@ -203,7 +203,8 @@ async def _ask(host: str, port: int, command: str) -> bytes | None:
         return None
     try:
         writer.write(command.encode() + b"\r\n")
-        return await asyncio.wait_for(reader.read(4096), _ASK_TIMEOUT_S)
+        async with timeout(_ASK_TIMEOUT_S):
+            return await reader.read(4096)
     except (OSError, asyncio.TimeoutError):
         return b""
     finally:
@@ -299,7 +300,8 @@ async def _until_signal(server: EmbeddedRedis) -> int:
     try:
         while server.running:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(stop.wait(), timeout=0.2)
+                async with timeout(0.2):
+                    await stop.wait()
                 return 0
         print("the server ended by itself")
         return 1

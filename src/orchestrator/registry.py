@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from src.common.clock import Clock, MonotonicClock
+from src.common.tasks import timeout
 from src.orchestrator.routing import WorkerView
 from src.rpc.announcement import CHANNEL, KEY_PREFIX, TTL_MS, Announcement
 
@@ -37,7 +38,8 @@ SCAN_MS = 10_000
 AVOID_MS = 2_000
 # An announcement may have been written before the worker saw a session that we opened by then.
 SETTLE_MS = 250
-_SOCKET_TIMEOUT_S = 2.0
+_ANSWER_S = 2.0
+_AWAY = (RedisError, OSError, asyncio.TimeoutError)
 _BACKOFF_MS = (100, 3_000)
 
 # KEYS[1]: the worker's claims, a sorted set of session ids by the time they lapse, so that those of
@@ -144,9 +146,11 @@ class Registry:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=8,
-            timeout=_SOCKET_TIMEOUT_S,
-            socket_timeout=_SOCKET_TIMEOUT_S,
-            socket_connect_timeout=_SOCKET_TIMEOUT_S,
+            timeout=None,
+            # Time-outs are ours: redis-py's go through `wait_for`, which before Python 3.12 may
+            # swallow the cancellation of whoever awaits it.
+            socket_timeout=None,
+            socket_connect_timeout=None,
             # Once, and at once: a connection that idled through a restart of Redis.
             retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
@@ -164,7 +168,8 @@ class Registry:
     async def first_look(self, timeout_ms: int = 2_000) -> None:
         """Returns once Redis has been read, or could not be, or after the time is up."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._looked.wait(), timeout_ms / 1000)
+            async with timeout(timeout_ms / 1000):
+                await self._looked.wait()
 
     def failed(self, worker: str, avoid_ms: int | None = None) -> None:
         """It refused or could not be reached: take others first for a while."""
@@ -195,8 +200,9 @@ class Registry:
     async def _claim(self, worker: str, session_id: str) -> bool:
         if self.stale_since_ms is None:
             try:
-                return bool(await self._run_claim(worker, session_id, self.fleet.limit(worker)))
-            except (RedisError, OSError) as error:
+                async with timeout(_ANSWER_S):
+                    return bool(await self._run_claim(worker, session_id, self.fleet.limit(worker)))
+            except _AWAY as error:
                 self._went_away(error)
         return not self.fleet.over_limit(worker)
 
@@ -206,8 +212,9 @@ class Registry:
         if self.stale_since_ms is not None:
             return
         try:
-            await self._redis.zrem(CLAIM_PREFIX + worker, session_id)
-        except (RedisError, OSError) as error:
+            async with timeout(_ANSWER_S):
+                await self._redis.zrem(CLAIM_PREFIX + worker, session_id)
+        except _AWAY as error:
             self._went_away(error)
 
     async def _renew_claims(self) -> None:
@@ -230,7 +237,7 @@ class Registry:
         while True:
             try:
                 await self._watch()
-            except (RedisError, OSError) as error:
+            except _AWAY as error:
                 wait_ms = shortest if self.stale_since_ms is None else min(wait_ms * 2, longest)
                 self._went_away(error)
             self._looked.set()
@@ -238,10 +245,12 @@ class Registry:
 
     async def _watch(self) -> None:
         async with self._redis.pubsub() as channel:
-            await channel.subscribe(CHANNEL)
+            async with timeout(_ANSWER_S):
+                await channel.subscribe(CHANNEL)
             self._came_back()
             while True:
-                await self._do_what_is_due()
+                async with timeout(_ANSWER_S):
+                    await self._do_what_is_due()
                 self._looked.set()
                 await self._listen(channel)
 
