@@ -27,9 +27,10 @@ _SCATTERED_REPEATS = 3
 # The first pair is openai-whisper's own rule for "no speech".
 _NO_SPEECH_PROB, _NO_SPEECH_LOGPROB = 0.6, -1.0
 _GIBBERISH_LOGPROB = -1.6
-_DOUBTFUL_NO_SPEECH, _DOUBTFUL_LOGPROB = 0.2, -0.6
-_ENOUGH_SPEECH_MS = 96
-_CLEAR_SPEECH_MS = 256
+_UNSURE_NO_SPEECH, _UNSURE_LOGPROB = 0.2, -0.6
+
+# A voice in the clip, by Silero: for any text; for a polite word that Whisper is sure of; if not.
+_ENOUGH_SPEECH_MS, _SHORT_WORD_MS, _CLEAR_SPEECH_MS = 96, 160, 384
 
 _INVENTED = frozenset(
     {
@@ -87,11 +88,7 @@ class Score:
 
 def is_doubtful(text: str, score: Score) -> bool:
     """Worth asking the voice detector about. Clear speech never is: that costs no time."""
-    return (
-        score.no_speech_prob > _DOUBTFUL_NO_SPEECH
-        or score.avg_logprob < _DOUBTFUL_LOGPROB
-        or _plain(text) in _INVENTED
-    )
+    return _is_unsure(score) or _plain(text) in _INVENTED
 
 
 def is_invented(text: str, score: Score, speech_ms: int) -> bool:
@@ -100,13 +97,19 @@ def is_invented(text: str, score: Score, speech_ms: int) -> bool:
         return True
     if score.avg_logprob < _GIBBERISH_LOGPROB or speech_ms < _ENOUGH_SPEECH_MS:
         return True
-    return _plain(text) in _INVENTED and (
-        speech_ms < _CLEAR_SPEECH_MS or score.no_speech_prob > _NO_SPEECH_PROB
+    unsure = _is_unsure(score)
+    return _plain(text) in _INVENTED and speech_ms < (
+        _CLEAR_SPEECH_MS if unsure else _SHORT_WORD_MS
     )
 
 
+def _is_unsure(score: Score) -> bool:
+    return score.no_speech_prob > _UNSURE_NO_SPEECH or score.avg_logprob < _UNSURE_LOGPROB
+
+
 def _plain(text: str) -> str:
-    kept = "".join(c for c in text.lower() if c.isalnum() or c.isspace())
+    spaced = text.lower().replace("-", " ").replace("'", "")
+    kept = "".join(c if c.isalnum() else " " for c in spaced)
     return " ".join(kept.split())
 
 
