@@ -152,7 +152,8 @@ class Recognizer(Protocol):
 class BridgeSession(Protocol):
     """One conversation with a language model."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def respond(self, turn_id: str, text: str, *, speculative: bool = False) -> AsyncIterator[str]:
         """Stream the reply to what the user said. Closing the iterator cancels the generation.
@@ -178,7 +179,8 @@ class BridgeSession(Protocol):
 
 
 class Bridge(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     async def open(self, session_id: str) -> BridgeSession: ...
 
