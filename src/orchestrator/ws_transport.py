@@ -1,11 +1,11 @@
-"""A WebSocket as a session sees it: a bounded outbox that a flush overtakes, and its one writer."""
+"""A WebSocket as a session sees it: a bounded queue that a flush overtakes, and its one writer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from src.common.clock import Clock
 from src.orchestrator.ports import SpeechFrame
@@ -39,7 +39,7 @@ class Message:
     seq: int = -1
 
 
-class Outbox:
+class SendQueue:
     """Messages not yet written, in order. Overflow: no more are taken, the client is cut off."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -84,7 +84,7 @@ class WsTransport:
     def __init__(self, clock: Clock, limits: OutboundLimits) -> None:
         self._clock = clock
         self._limits = limits
-        self._outbox = Outbox(limits.max_queue_bytes)
+        self._queue = SendQueue(limits.max_queue_bytes)
         self._wake = asyncio.Event()
         self._finishing = False
         self._overflown = False
@@ -122,7 +122,7 @@ class WsTransport:
         if self._speaking == utterance_id:
             self._speaking = ""
         event = Flush(utterance_id=utterance_id, at_ms=at_ms)
-        self._outbox.overtake(Message(event.model_dump_json()), utterance_id)
+        self._queue.overtake(Message(event.model_dump_json()), utterance_id)
         self._wake.set()
 
     def heard_seq(self, utterance_id: str) -> int:
@@ -149,7 +149,7 @@ class WsTransport:
     async def write_to(self, socket: Socket) -> None:
         """Write until `finish`. Ends early when the socket breaks (its error is raised)."""
         while True:
-            message = self._outbox.pop()
+            message = self._queue.pop()
             if message is not None:
                 await self._write(socket, message)
             elif self._finishing:
@@ -158,20 +158,20 @@ class WsTransport:
                 self._wake.clear()
                 await self._wake.wait()
 
-    async def watch(self) -> None:
-        """Return never, or raise Exhausted when the client does not read what it is sent."""
+    async def watch(self) -> NoReturn:
+        """Raises Exhausted when the client does not read what it is sent."""
         while not (self._overflown or self._stalled()):  # noqa: ASYNC110  (a clock, not a flag)
             await asyncio.sleep(_WATCH_S)
         raise Exhausted("the client does not read what it is sent", retry_after_ms=1_000)
 
     @property
     def queued(self) -> int:
-        return len(self._outbox)
+        return len(self._queue)
 
     def _put(self, message: Message) -> None:
         if self._overflown:
             return
-        self._overflown = not self._outbox.put(message)
+        self._overflown = not self._queue.put(message)
         self._wake.set()
 
     async def _write(self, socket: Socket, message: Message) -> None:

@@ -12,7 +12,7 @@ from src.audio.opus import OpusEncoder, opus_available
 from src.common.clock import ManualClock
 from src.orchestrator.ports import SpeechFrame
 from src.orchestrator.ws_inbound import Inbound, InboundLimits, Refused, parse_event
-from src.orchestrator.ws_transport import Message, OutboundLimits, Outbox, WsTransport
+from src.orchestrator.ws_transport import Message, OutboundLimits, SendQueue, WsTransport
 from src.rpc.errors import Exhausted, InvalidArgument, UnknownName
 from src.rpc.ws_events import Playback, SessionStart, State, TextInput, parse_server
 
@@ -129,7 +129,7 @@ async def test_the_heard_position_is_what_the_client_says_but_never_more_than_wa
     assert sender.heard_seq("never-spoken") == -1
 
 
-async def test_sending_never_blocks_and_a_full_outbox_cuts_the_client_off() -> None:
+async def test_sending_never_blocks_and_a_full_queue_cuts_the_client_off() -> None:
     sender, _ = transport(max_queue_bytes=10 * len(FRAME))
     sender.begin_audio("u1", 0, resumed=False)
     for seq in range(1000):
@@ -172,8 +172,8 @@ async def test_an_idle_writer_is_not_a_stalled_client() -> None:
     watcher.cancel()
 
 
-def test_the_outbox_counts_its_bytes_through_puts_flushes_and_pops() -> None:
-    box = Outbox(max_bytes=100)
+def test_the_queue_counts_its_bytes_through_puts_flushes_and_pops() -> None:
+    box = SendQueue(max_bytes=100)
     assert box.put(Message(b"x" * 60, "u1", 0))
     assert not box.put(Message(b"x" * 60, "u1", 1))
     assert box.overtake(Message("f" * 10), "u1") == 1

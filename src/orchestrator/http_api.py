@@ -1,0 +1,180 @@
+"""The HTTP API: health, readiness, metrics, the fleet's models, the protocol's schema."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from src.orchestrator import metrics as metrics_module
+from src.orchestrator.auth import ApiKeys, check_origin, presented_key
+from src.orchestrator.metrics import Metrics
+from src.rpc.errors import DuplexError, Internal, InvalidArgument, NotFound
+from src.rpc.ws_events import json_schema
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+HEALTH, READY, LLM_HOST = "/healthz", "/readyz", "/v1/llm"
+_WEB = "/web/"
+_PLACES = (
+    ("/v1/session", "a spoken session (WebSocket; docs/protocol.md)"),
+    ("/v1/protocol.json", "its events as a JSON schema"),
+    ("/v1/models", "models of the fleet; POST /v1/models/ID/load and /unload"),
+    (LLM_HOST, "language-model hosts connect here (WebSocket)"),
+    (HEALTH, "the process is alive"),
+    (READY, "it can hold a conversation, or what is missing"),
+    ("/metrics", "Prometheus"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`text` is for a person: what is there, or what is missing and how to get it."""
+
+    ok: bool
+    text: str
+
+
+Checks = Mapping[str, Callable[[], Check]]
+
+
+class ModelAdmin(Protocol):
+    """The fleet's models."""
+
+    async def models(self) -> list[dict[str, Any]]: ...
+
+    async def load(self, model_id: str) -> dict[str, Any]:
+        """Raises UnknownName, Unavailable, Exhausted, CorruptModel."""
+        ...
+
+    async def unload(self, model_id: str) -> dict[str, Any]:
+        """Raises UnknownName, InUse."""
+        ...
+
+
+class HttpApi:
+    def __init__(
+        self,
+        *,
+        keys: ApiKeys,
+        checks: Checks,
+        metrics: Metrics,
+        models: ModelAdmin,
+        web_root: Path | None = None,
+    ) -> None:
+        self._keys = keys
+        self._checks = checks
+        self._metrics = metrics
+        self._models = models
+        self._web_root = web_root if web_root and (web_root / "index.html").is_file() else None
+        self._schema = json.dumps(json_schema())
+
+    def add_to(self, app: web.Application) -> None:
+        router = app.router
+        router.add_get("/", self.index)
+        router.add_get(HEALTH, self.healthz)
+        router.add_get(READY, self.readyz)
+        router.add_get("/metrics", self.metrics)
+        router.add_get("/v1/protocol.json", self.protocol)
+        router.add_get("/v1/models", self.list_models)
+        router.add_post("/v1/models/{model_id}/load", self.load_model)
+        router.add_post("/v1/models/{model_id}/unload", self.unload_model)
+        if self._web_root:
+            router.add_static(_WEB, self._web_root)
+
+    async def index(self, request: web.Request) -> web.StreamResponse:
+        if self._web_root:
+            return web.FileResponse(self._web_root / "index.html")
+        width = max(len(place) for place, _ in _PLACES)
+        lines = [f"{place:<{width}}  {what}" for place, what in _PLACES]
+        return web.Response(text="\n".join(["Realtime duplex voice", "", *lines, ""]))
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"alive": True})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Open to probes; what is behind it is told only to those with a key."""
+        found = {name: check() for name, check in self._checks.items()}
+        ready = all(check.ok for check in found.values())
+        body: dict[str, Any] = {"ready": ready}
+        if self._keys.accepts(presented_key(request.headers)):
+            body["checks"] = {
+                name: {"ok": check.ok, "text": check.text} for name, check in found.items()
+            }
+        return web.json_response(body, status=200 if ready else 503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        headers = {"Content-Type": metrics_module.CONTENT_TYPE}
+        return web.Response(body=self._metrics.expose(), headers=headers)
+
+    async def protocol(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._schema, content_type="application/schema+json")
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        return web.json_response({"models": await self._models.models()})
+
+    async def load_model(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._models.load(request.match_info["model_id"]))
+
+    async def unload_model(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._models.unload(request.match_info["model_id"]))
+
+
+def error_response(error: DuplexError, status: int | None = None) -> web.Response:
+    """{error: {code, message, retry_after_ms}}, and Retry-After in whole seconds."""
+    body = {"code": error.code, "message": error.message, "retry_after_ms": error.retry_after_ms}
+    headers = {}
+    if error.retry_after_ms is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
+    if error.http == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.json_response({"error": body}, status=status or error.http, headers=headers)
+
+
+def error_middleware(metrics: Metrics) -> Any:
+    """Every failure leaves as JSON, whoever raised it."""
+
+    @web.middleware
+    async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except DuplexError as error:
+            metrics.refused.labels(error.code).inc()
+            return error_response(error)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            kind = NotFound if error.status == 404 else InvalidArgument
+            text = f"{request.method} {request.path}: {error.text or error.reason}"
+            return error_response(kind(text), status=error.status)
+        except Exception:  # the edge: nothing above could answer any more
+            log.exception("request failed", extra={"path": request.path})
+            return error_response(Internal("the request failed; see the server's log"))
+
+    return handle
+
+
+def auth_middleware(keys: ApiKeys, allowed_origins: tuple[str, ...]) -> Any:
+    """A key for everything but the probes and the page itself; a fitting Origin for everything.
+
+    A language-model host may bring its key in its first message, so /v1/llm checks for itself.
+    """
+
+    @web.middleware
+    async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
+        origin = request.headers.get("Origin", "")
+        check_origin(origin, allowed_origins, key_required=keys.required)
+        path = request.path
+        if path not in ("/", HEALTH, READY, LLM_HOST) and not path.startswith(_WEB):
+            keys.check(presented_key(request.headers))
+        return await handler(request)
+
+    return handle
