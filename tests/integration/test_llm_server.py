@@ -75,7 +75,7 @@ def package_at(folder: Path) -> ModuleSpec:
 def test_a_missing_package_is_told_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_llm.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     assert run_llm.main([]) == run_llm.EXIT_MISSING == 2
     assert "uv sync --group local-models" in capsys.readouterr().err
 
@@ -84,6 +84,6 @@ def test_another_file_under_the_name_is_refused_with_its_hash(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / run_llm.FILE).write_bytes(b"not a model")
-    monkeypatch.setattr(run_llm.importlib.util, "find_spec", lambda _: package_at(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: package_at(tmp_path))
     assert run_llm.main([]) == run_llm.EXIT_CORRUPT
     assert hashlib.sha256(b"not a model").hexdigest() in capsys.readouterr().err
