@@ -1,0 +1,501 @@
+"""The duplex machine: pause first, judge after. Pure: `step(state, event) -> (state, actions)`.
+
+    LISTENING                                          SPEAKING               BARGED_IN
+    IDLE ─words──▶ DRAFTING ──end of turn──▶ PREPARING ──first frame──▶ SPEAKING ──edge──▶ BARGED_IN
+     ▲                 │ user goes on             │ user goes on            ▲                 │
+     └─────────────────┴──────────────────────────┴─────────────────────── │ ◀──── real ─────┤
+                                                                            └────── false ────┘
+
+Beside the phase stands what the user is doing (`User`). A frame may leave only in SPEAKING, so the
+gate is a property of the state: it closes in the very step that leaves SPEAKING.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from pydantic import Field
+
+from src.common.config import StrictModel
+from src.orchestrator.vad import VadPhase
+from src.rpc.ws_events import StateName
+
+BACK_CHANNELS = (
+    "ah", "aha", "alright", "cool", "exactly", "fine", "good", "got it", "great", "hm", "hmm",
+    "huh", "i see", "mhm", "mm", "mm hmm", "mmm", "nice", "of course", "oh", "oh okay", "ok",
+    "okay", "really", "right", "sure", "true", "uh", "uh huh", "um", "wow", "yeah", "yep", "yes",
+)  # fmt: skip
+INTERRUPTIONS = (
+    "be quiet", "cancel", "enough", "excuse me", "hang on", "hold on", "hush", "never mind", "no",
+    "nope", "one moment", "pause", "quiet", "shut up", "shush", "stop", "wait",
+)  # fmt: skip
+
+
+class DuplexSettings(StrictModel):
+    """How a session takes turns. Times are milliseconds unless the name says otherwise."""
+
+    verdict_window_ms: int = Field(
+        600, ge=100, le=3000, description="after a speech edge, the verdict falls by then"
+    )
+    sustained_ms: int = Field(
+        500, ge=100, le=3000, description="confirmed speech this long is an interruption"
+    )
+    flush_ack_ms: int = Field(
+        150, ge=0, le=1000, description="a resume waits this long for the client to say what it had"
+        " played, so that nothing is heard twice",
+    )  # fmt: skip
+    back_channels: tuple[str, ...] = Field(
+        BACK_CHANNELS, description="words that say 'go on' and never take the turn"
+    )
+    interruptions: tuple[str, ...] = Field(
+        INTERRUPTIONS, description="words that take the turn however short they are"
+    )
+    speculative_llm: bool = Field(
+        True, description="answer the words known at the first silence; dropped if they change"
+    )
+    greeting: str = Field("", max_length=2000, description="the agent's first words")
+    preroll_ms: int = Field(
+        300, ge=0, le=2000, description="audio before the edge that the recogniser gets too"
+    )
+    lead_ms: int = Field(
+        160, ge=40, le=1000, description="how far ahead of its playing a frame may be sent"
+    )
+    ack_margin_ms: int = Field(
+        1000, ge=100, le=10_000, description="a frame counts as heard this long after it was due,"
+        " for clients that do not say what they played",
+    )  # fmt: skip
+    kept_ms: int = Field(
+        3000, ge=500, le=30_000, description="audio kept until heard; beyond it the worker waits"
+    )
+    max_reply_chars: int = Field(8000, ge=100, description="a reply is cut off beyond this")
+    max_reply_s: int = Field(180, ge=5, description="a reply's audio is cut off beyond this")
+    max_queued_says: int = Field(8, ge=1, description="`speak` texts that may wait for their turn")
+
+
+class Phase(Enum):
+    IDLE = "idle"
+    DRAFTING = "drafting"
+    """A reply is made from words that may still change; nobody hears it."""
+    PREPARING = "preparing"
+    """The turn is over; the reply begins with its first frame unless the user goes on."""
+    SPEAKING = "speaking"
+    BARGED_IN = "barged_in"
+
+
+class User(Enum):
+    SILENT = "silent"
+    TALKING = "talking"
+    PAUSING = "pausing"
+    ENDED = "ended"
+    """The turn's end was called; its final words are on their way."""
+    AGAIN = "again"
+    """As ENDED, but they talk again already, before those words came."""
+
+
+_MODES: dict[Phase, StateName] = {Phase.SPEAKING: "speaking", Phase.BARGED_IN: "barged_in"}
+_OPEN_TURN = (User.TALKING, User.PAUSING)
+_AWAITING_WORDS = (User.ENDED, User.AGAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class DuplexState:
+    phase: Phase = Phase.IDLE
+    user: User = User.SILENT
+    reply_id: str = ""
+    ready: bool = False
+    """The reply's first frame is here."""
+    asked: str = ""
+    """The user's words that the reply in hand answers; empty for the agent's own words."""
+    words: str | None = None
+    """What the open turn is known to say so far; None until the recogniser has said."""
+    carried: str = ""
+    """What the user had said before a pause that was not the end."""
+    queued: tuple[str, ...] = ()
+    replies: int = 0
+    turns: int = 0
+
+    @property
+    def mode(self) -> StateName:
+        return _MODES.get(self.phase, "listening")
+
+    @property
+    def gate(self) -> str:
+        """The one reply whose frames may leave now; empty: none may."""
+        return self.reply_id if self.phase is Phase.SPEAKING else ""
+
+    @property
+    def turn_id(self) -> str:
+        return f"t{self.turns}"
+
+
+# --- events ---
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    phase: VadPhase
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`unheard`: not a word of the reply had reached the ear."""
+
+    real: bool
+    unheard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The recogniser's text of the open turn: speculative, or final once the turn has ended."""
+
+    text: str
+    final: bool
+    back_channel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    reply_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply is over: heard to its end, or `ok` is False and it cannot go on."""
+
+    reply_id: str
+    ok: bool = True
+
+
+Event = Voice | Judged | Words | Typed | Say | Ready | Finished
+
+
+# --- actions ---
+
+
+class Act(Enum):
+    BEGIN_TURN = "begin_turn"
+    SPECULATE = "speculate"
+    REVOKE = "revoke"
+    """What was speculated on is void: the user goes on."""
+    FINISH_TURN = "finish_turn"
+    DROP_TURN = "drop_turn"
+    FORGET_WORDS = "forget_words"
+    """The final words that are still on their way are not wanted any more."""
+
+    DRAFT = "draft"
+    PROMOTE = "promote"
+    """The draft answers the final words: it is the reply now."""
+    REPLY = "reply"
+    SAY = "say"
+    PLAY = "play"
+    """The gate is open: send from the first frame that was not heard."""
+    SHUT = "shut"
+    """The gate has closed: silence at the listener, now."""
+    PAUSE = "pause"
+    RESUME = "resume"
+    STOP = "stop"
+    CUT = "cut"
+    """The context keeps what was heard of the reply."""
+    COMPLETE = "complete"
+    """The reply was heard to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    act: Act
+    reply_id: str = ""
+    text: str = ""
+
+
+Step = tuple[DuplexState, list[Do]]
+
+
+def step(state: DuplexState, event: Event) -> Step:
+    """Total: an event that means nothing in a state changes nothing."""
+    match event:
+        case Voice(phase):
+            after = _VOICE[phase](state)
+        case Judged():
+            after = _judged(state, event)
+        case Words(text, final=False):
+            after = _known_so_far(state, text)
+        case Words():
+            after = _final_words(state, event)
+        case Typed(text):
+            after = _typed(state, text)
+        case Say(text):
+            after = replace(state, queued=(*state.queued, text)), []
+        case Ready(reply_id):
+            after = (replace(state, ready=True) if reply_id == state.reply_id else state), []
+        case Finished():
+            after = _finished(state, event)
+    return _settle(*after)
+
+
+def _settle(state: DuplexState, actions: list[Do]) -> Step:
+    """What follows from the state alone, whatever led to it."""
+    if state.phase is Phase.PREPARING and state.ready and state.user is User.SILENT:
+        return replace(state, phase=Phase.SPEAKING), [*actions, Do(Act.PLAY, state.reply_id)]
+    if state.phase is not Phase.IDLE:
+        return state, actions
+    if state.user is User.PAUSING and state.words:
+        text = joined(state.carried, state.words)
+        return _start(state, actions, Act.DRAFT, Phase.DRAFTING, text)
+    if state.user is User.SILENT and state.carried:
+        return _start(
+            replace(state, carried=""), actions, Act.REPLY, Phase.PREPARING, state.carried
+        )
+    if state.user is User.SILENT and state.queued:
+        text, *rest = state.queued
+        return _start(replace(state, queued=tuple(rest)), actions, Act.SAY, Phase.PREPARING, text)
+    return state, actions
+
+
+def _start(state: DuplexState, actions: list[Do], act: Act, phase: Phase, text: str) -> Step:
+    number = state.replies + 1
+    state = replace(
+        state, phase=phase, reply_id=f"u{number}", replies=number, ready=False,
+        asked="" if act is Act.SAY else text,
+    )  # fmt: skip
+    return state, [*actions, Do(act, state.reply_id, text)]
+
+
+# --- the user's voice ---
+
+
+def _edge(state: DuplexState) -> Step:
+    state, actions = _interrupt(state)
+    if state.user in _AWAITING_WORDS:
+        state, dropped = _drop_draft(state)
+        return replace(state, user=User.AGAIN), [*actions, *dropped, Do(Act.BEGIN_TURN)]
+    if state.user is User.SILENT:
+        state, begun = _begin_turn(state)
+        return state, actions + begun
+    return replace(state, user=User.TALKING), actions
+
+
+def _voiced_again(state: DuplexState) -> Step:
+    if state.user is User.SILENT:
+        return _edge(state)
+    if state.user is not User.PAUSING:
+        return state, []
+    state, actions = _interrupt(state)
+    state, dropped = _drop_draft(state)
+    state = replace(state, user=User.TALKING, words=None)
+    return state, [*actions, *dropped, Do(Act.REVOKE)]
+
+
+def _interrupt(state: DuplexState) -> Step:
+    if state.phase is not Phase.SPEAKING:
+        return state, []
+    shut = [Do(Act.SHUT, state.reply_id), Do(Act.PAUSE, state.reply_id)]
+    return replace(state, phase=Phase.BARGED_IN), shut
+
+
+def _begin_turn(state: DuplexState) -> Step:
+    # What may go on with a turn that is not answered yet is no turn of its own.
+    unanswered = state.carried or (state.phase is Phase.PREPARING and state.asked)
+    turns = state.turns if unanswered else state.turns + 1
+    return replace(state, user=User.TALKING, words=None, turns=turns), [Do(Act.BEGIN_TURN)]
+
+
+def _drop_draft(state: DuplexState) -> Step:
+    if state.phase is not Phase.DRAFTING:
+        return state, []
+    return _without_reply(state), [Do(Act.STOP, state.reply_id)]
+
+
+def _without_reply(state: DuplexState) -> DuplexState:
+    return replace(state, phase=Phase.IDLE, reply_id="", ready=False, asked="")
+
+
+def _confirmed(state: DuplexState) -> Step:
+    if state.phase is not Phase.PREPARING or state.user not in _OPEN_TURN:
+        return state, []
+    merged = replace(_without_reply(state), carried=state.asked)
+    return merged, [Do(Act.STOP, state.reply_id)]
+
+
+def _rejected(state: DuplexState) -> Step:
+    if state.user is User.AGAIN:
+        return replace(state, user=User.ENDED), [Do(Act.DROP_TURN)]
+    if state.user not in _OPEN_TURN:
+        return state, []
+    return _drop_turn(state)
+
+
+def _drop_turn(state: DuplexState) -> Step:
+    """The user counts as silent, whatever was heard of them."""
+    actions = [Do(Act.DROP_TURN)] if state.user in (*_OPEN_TURN, User.AGAIN) else []
+    if state.user in _AWAITING_WORDS:
+        actions.append(Do(Act.FORGET_WORDS))
+    return replace(state, user=User.SILENT, words=None), actions
+
+
+def _quiet(state: DuplexState) -> Step:
+    if state.user is not User.TALKING:
+        return state, []
+    return replace(state, user=User.PAUSING, words=None), [Do(Act.SPECULATE)]
+
+
+def _ended(state: DuplexState) -> Step:
+    if state.user is User.AGAIN:
+        return replace(state, user=User.ENDED), [Do(Act.FINISH_TURN)]
+    if state.user not in _OPEN_TURN:
+        return state, []
+    if state.phase is Phase.PREPARING:
+        # Speech that was never confirmed does not take back a turn that had ended.
+        return _drop_turn(state)
+    return replace(state, user=User.ENDED, words=None), [Do(Act.FINISH_TURN)]
+
+
+_VOICE = {
+    VadPhase.EDGE: _edge,
+    VadPhase.CONFIRMED: _confirmed,
+    VadPhase.REJECTED: _rejected,
+    VadPhase.QUIET: _quiet,
+    VadPhase.VOICED_AGAIN: _voiced_again,
+    VadPhase.ENDED: _ended,
+}
+
+
+# --- the user's words ---
+
+
+def _known_so_far(state: DuplexState, text: str) -> Step:
+    usable = state.user is User.PAUSING and state.phase in (Phase.IDLE, Phase.BARGED_IN)
+    return (replace(state, words=text) if usable else state), []
+
+
+def _final_words(state: DuplexState, event: Words) -> Step:
+    if state.user not in _AWAITING_WORDS:
+        return state, []
+    if state.user is User.AGAIN:
+        return _carry_on(state, event)
+    match state.phase:
+        case Phase.DRAFTING:
+            return _settle_draft(state, joined(state.carried, event.text))
+        case Phase.BARGED_IN:
+            return replace(state, words=event.text), []
+        case Phase.SPEAKING if not state.carried and (event.back_channel or not event.text):
+            return replace(state, user=User.SILENT), []
+        case Phase.SPEAKING:
+            return _take_turn(replace(state, words=event.text), unheard=False)
+        case _:
+            return _hand_over(replace(state, words=event.text)), []
+
+
+def _carry_on(state: DuplexState, event: Words) -> Step:
+    """The turn of these words is not over: a later one goes on with it."""
+    said = "" if event.back_channel and state.phase is not Phase.IDLE else event.text
+    carried = joined(state.carried, said)
+    return replace(state, user=User.TALKING, words=None, carried=carried), []
+
+
+def _hand_over(state: DuplexState) -> DuplexState:
+    """The turn is over and its words are known; `_settle` answers what is carried."""
+    carried = joined(state.carried, state.words or "")
+    return replace(state, user=User.SILENT, words=None, carried=carried)
+
+
+def _settle_draft(state: DuplexState, text: str) -> Step:
+    state = replace(state, user=User.SILENT, words=None, carried="")
+    if text and same_words(text, state.asked):
+        promoted = replace(state, phase=Phase.PREPARING, asked=text)
+        return promoted, [Do(Act.PROMOTE, state.reply_id, text)]
+    stop = Do(Act.STOP, state.reply_id)
+    return replace(_without_reply(state), carried=text), [stop]
+
+
+# --- verdicts ---
+
+
+def _judged(state: DuplexState, event: Judged) -> Step:
+    if state.phase is Phase.BARGED_IN and not event.real:
+        return _go_on(state)
+    late = state.phase is Phase.SPEAKING and state.user in _OPEN_TURN
+    if event.real and (state.phase is Phase.BARGED_IN or late):
+        return _take_turn(state, unheard=event.unheard)
+    return state, []
+
+
+def _go_on(state: DuplexState) -> Step:
+    answered = state.user is User.ENDED and state.words is not None
+    if answered or state.user is User.SILENT:
+        state = replace(state, user=User.SILENT, carried="")
+    state = replace(state, phase=Phase.SPEAKING, words=None)
+    return state, [Do(Act.RESUME, state.reply_id), Do(Act.PLAY, state.reply_id)]
+
+
+def _take_turn(state: DuplexState, *, unheard: bool) -> Step:
+    """The user has the floor. A reply of which nothing was heard answers nothing: its question is
+    carried into the new turn."""
+    reply_id, asked = state.reply_id, state.asked
+    actions = [Do(Act.SHUT, reply_id)] if state.phase is Phase.SPEAKING else []
+    state = replace(_without_reply(state), queued=())
+    if unheard and asked:
+        state = replace(state, carried=joined(asked, state.carried))
+    else:
+        actions.append(Do(Act.CUT, reply_id))
+    actions.append(Do(Act.STOP, reply_id))
+    if state.user is User.ENDED and state.words is not None:
+        state = _hand_over(state)
+    return state, actions
+
+
+# --- text, and the end of a reply ---
+
+
+def _typed(state: DuplexState, text: str) -> Step:
+    actions: list[Do] = []
+    if state.phase in (Phase.SPEAKING, Phase.BARGED_IN):
+        state, actions = _take_turn(replace(state, words=None), unheard=False)
+    elif state.phase is not Phase.IDLE:
+        before = state.asked if state.phase is Phase.PREPARING else state.carried
+        actions = [Do(Act.STOP, state.reply_id)]
+        state = replace(_without_reply(state), carried=before)
+    if state.user is not User.SILENT:
+        state, dropped = _drop_turn(state)
+        actions = actions + dropped
+    turns = state.turns if state.carried else state.turns + 1
+    return replace(state, carried=joined(state.carried, text), turns=turns), actions
+
+
+def _finished(state: DuplexState, event: Finished) -> Step:
+    if event.reply_id != state.reply_id or not state.reply_id:
+        return state, []
+    match state.phase:
+        case Phase.DRAFTING:
+            # What failed before the turn was over is tried once more with its final words.
+            return replace(_without_reply(state), words=None), [Do(Act.STOP, state.reply_id)]
+        case Phase.BARGED_IN:
+            return _take_turn(state, unheard=False)
+        case _:
+            end = Act.COMPLETE if event.ok else Act.CUT
+            return _without_reply(state), [Do(end, state.reply_id)]
+
+
+def joined(*parts: str) -> str:
+    return " ".join(part.strip() for part in parts if part.strip())
+
+
+def same_words(one: str, other: str) -> bool:
+    """Equal but for case, spacing and punctuation: it is the same question."""
+    return tokens(one) == tokens(other)
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words without punctuation; a hyphen parts words ("mm-hmm")."""
+    cleaned = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower().replace("’", "'"))
+    return [word for part in cleaned.split() if (word := part.strip("'"))]
