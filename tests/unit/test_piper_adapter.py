@@ -20,7 +20,6 @@ from src.tts.adapters.adapter_piper import PiperAdapter, PiperModel
 from src.tts.adapters.joins import Joiner, pause_after_ms
 from src.tts.adapters.piper_graph import NotProtobuf, with_durations
 from src.tts.adapters.piper_words import word_marks
-from src.tts.adapters.run_gate import Deadline, RunGate
 from src.tts.catalog import ModelMeta
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, MissingPackage, Segment, VoiceSpec
@@ -135,70 +134,6 @@ def test_a_graph_where_the_tensor_is_not_clear_stays_as_it_is() -> None:
 def test_what_is_no_protobuf_is_refused(junk: bytes) -> None:
     with pytest.raises(NotProtobuf):
         with_durations(junk)
-
-
-class Turns:
-    """Threads at a gate; `order` is who was let in, in order."""
-
-    def __init__(self, gate: RunGate) -> None:
-        self.gate = gate
-        self.order: list[str] = []
-        self.threads: list[threading.Thread] = []
-
-    def queue(self, name: str, deadline: Deadline, cancel: CancelToken) -> None:
-        def run() -> None:
-            with self.gate.turn(deadline, cancel) as admitted:
-                self.order.append(name if admitted else f"{name} cancelled")
-
-        waiting = len(self.gate.waiting)
-        self.threads.append(threading.Thread(target=run))
-        self.threads[-1].start()
-        while self.threads[-1].is_alive() and len(self.gate.waiting) == waiting:
-            pass
-
-    def join(self) -> None:
-        for thread in self.threads:
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-def due(seconds: float) -> Deadline:
-    deadline = Deadline()
-    if seconds:
-        deadline.played(seconds)
-    return deadline
-
-
-def test_the_stream_that_runs_dry_first_goes_first() -> None:
-    turns = Turns(RunGate(1))
-    with turns.gate.turn(due(0), CancelToken()):
-        for name, seconds in (("late", 9.0), ("soon", 1.0), ("later", 12.0)):
-            turns.queue(name, due(seconds), CancelToken())
-    turns.join()
-    assert turns.order == ["soon", "late", "later"]
-
-
-def test_a_first_piece_does_not_wait_for_a_long_sentence() -> None:
-    turns = Turns(RunGate(2))
-    with turns.gate.turn(due(5), CancelToken()):
-        turns.queue("another sentence", due(1), CancelToken())
-        turns.queue("first piece", due(0), CancelToken())
-        turns.threads[-1].join(20)
-        assert turns.order == ["first piece"]
-    turns.join()
-    assert turns.order == ["first piece", "another sentence"]
-
-
-def test_a_cancelled_stream_leaves_the_queue_at_once() -> None:
-    turns = Turns(RunGate(1))
-    cancel = CancelToken()
-    with turns.gate.turn(due(0), CancelToken()):
-        turns.queue("gone", due(1), cancel)
-        cancel.cancel()
-        turns.threads[-1].join(20)
-        assert turns.order == ["gone cancelled"]
-    with turns.gate.turn(due(0), CancelToken()) as admitted:
-        assert admitted
 
 
 def test_without_the_package_the_error_says_what_to_install(
@@ -420,8 +355,15 @@ class TestJoe:
             load({**voice_files(), "config.json": broken})
 
     def test_a_file_that_the_entry_does_not_name_is_named(self) -> None:
+        files = voice_files()
         with pytest.raises(CorruptModel, match=r"joe: a piper voice needs the file 'config\.json'"):
-            load({"model.onnx": voice_files()["model.onnx"]})
+            load({"model.onnx": files["model.onnx"]})
+        with pytest.raises(CorruptModel, match=r"joe: a piper voice has one \.onnx file"):
+            load({"config.json": files["config.json"]})
+
+    def test_a_voice_is_found_by_the_names_it_is_published_under(self) -> None:
+        files = voice_files()
+        load({"joe.onnx": files["model.onnx"], "joe.onnx.json": files["config.json"]})
 
     def test_devices_and_defaults_of_the_entry_are_checked(self) -> None:
         with pytest.raises(InvalidArgument, match="'tpu'"):

@@ -22,7 +22,6 @@ from src.rpc.errors import CorruptModel, Internal, InvalidArgument, Unavailable,
 from src.tts.adapters.joins import Joiner
 from src.tts.adapters.piper_graph import with_durations
 from src.tts.adapters.piper_words import word_marks
-from src.tts.adapters.run_gate import Deadline, RunGate
 from src.tts.adapters.settings import (
     Range,
     helps,
@@ -43,8 +42,6 @@ from src.tts.tts_base import (
 from src.tts.words import estimate_words
 
 INSTALL = "pip install 'piper-tts>=1.3' 'onnxruntime>=1.17'"
-MODEL_FILE = "model.onnx"
-CONFIG_FILE = "config.json"
 
 _VOICE = {
     "speed": Range(0.5, 2.0, 1.0, "rate of speech against the voice's own"),
@@ -54,7 +51,6 @@ _VOICE = {
 }
 _ENGINE = {
     "threads": Range(1, 64, 2, "threads of one run of the network"),
-    "parallel": Range(0, 64, 0, "runs at once; 0: as many as the cores carry"),
 }
 # At a real-time factor near 0.1 per core, more would starve each other.
 _STREAMS_PER_CORE = 6
@@ -80,22 +76,21 @@ class PiperAdapter:
         progress: Callable[[float], None],
     ) -> PiperModel:
         """A catalog entry's `settings` may hold the session's keys (as defaults) and
-        `threads` and `parallel` (see `_ENGINE`).
+        `threads` (see `_ENGINE`).
         """
         self.check_installed()
         defaults = {k: v for k, v in meta.settings.items() if k not in _ENGINE}
         engine = read_settings(_ENGINE, {k: v for k, v in meta.settings.items() if k in _ENGINE})
         read_settings(_VOICE, defaults)
-        model_path, config_path = (_file(meta, files, n) for n in (MODEL_FILE, CONFIG_FILE))
+        model_path, config_path = _voice_files(meta, files)
         config = _read_config(config_path)
         voice = _load_voice(model_path, config_path, config, device, int(engine["threads"]))
         progress(1.0)
-        gate = RunGate(_slots(int(engine["threads"]), int(engine["parallel"])))
-        return PiperModel(meta, config, voice, defaults, gate)
+        return PiperModel(meta, config, voice, defaults)
 
 
 class PiperModel:
-    """One voice. Streams share one session; `RunGate` says which of them runs."""
+    """One voice. Streams share one session, which may run for several of them at once."""
 
     def __init__(
         self,
@@ -103,7 +98,6 @@ class PiperModel:
         config: Mapping[str, Any],
         voice: Any,
         defaults: Mapping[str, str],
-        gate: RunGate,
     ) -> None:
         self._voice = voice
         self._defaults = {
@@ -111,7 +105,6 @@ class PiperModel:
             "noise_w": str(voice.config.noise_w_scale),
             **defaults,
         }
-        self._gate = gate
         self._session = voice.session
         self._has_durations = len(self._session.get_outputs()) > 1
         self._speakers = _speakers(voice.config, meta, config)
@@ -138,19 +131,17 @@ class PiperModel:
         settings = read_settings(_VOICE, spec.settings)
         inputs = self._inputs(spec.voice, settings)
         joiner = Joiner(self.native_sample_rate)
-        deadline = Deadline()
         for segment in segments:
             if cancel.cancelled:
                 return
             phonemes = self._phonemise(soften_stops(segment.text))
-            spoken = self._speak(phonemes, inputs, deadline, cancel)
+            spoken = self._speak(phonemes, inputs, cancel)
             if spoken is None:
                 return
             samples, durations = spoken
             words = self._words(segment, phonemes, samples, durations)
             loud = np.clip(samples * np.float32(settings["volume"]), -1.0, 1.0)
             chunk = joiner.join(segment.text, loud, words)
-            deadline.played(chunk.samples.size / self.native_sample_rate)
             if chunk.samples.size:
                 yield chunk
 
@@ -179,15 +170,13 @@ class PiperModel:
         self,
         phonemes: Sequence[str],
         inputs: Mapping[str, Any],
-        deadline: Deadline,
         cancel: CancelToken,
     ) -> tuple[Float32, list[int]] | None:
         """Audio and samples per phoneme (none if the voice does not say); None: cancelled."""
         audio: list[Float32] = [np.empty(0, dtype=np.float32)]
         durations: list[int] = []
         for piece in _pieces(phonemes):
-            with self._gate.turn(deadline, cancel) as admitted:
-                spoken = self._run(piece, inputs, cancel) if admitted else None
+            spoken = None if cancel.cancelled else self._run(piece, inputs, cancel)
             if spoken is None:
                 return None
             audio.append(spoken[0])
@@ -271,11 +260,15 @@ def _per_phoneme(
     return out
 
 
-def _file(meta: ModelMeta, files: Mapping[str, Path], name: str) -> Path:
-    try:
-        return files[name]
-    except KeyError:
-        raise CorruptModel(f"{meta.model_id}: a piper voice needs the file {name!r}") from None
+def _voice_files(meta: ModelMeta, files: Mapping[str, Path]) -> tuple[Path, Path]:
+    """The network and its configuration, by our names or by those they are published under."""
+    networks = [name for name in files if name.endswith(".onnx")]
+    if len(networks) != 1:
+        raise CorruptModel(f"{meta.model_id}: a piper voice has one .onnx file, not {networks}")
+    for name in ("config.json", networks[0] + ".json"):
+        if name in files:
+            return files[networks[0]], files[name]
+    raise CorruptModel(f"{meta.model_id}: a piper voice needs the file 'config.json'")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -366,7 +359,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _slots(threads: int, parallel: int) -> int:
-    return parallel or max(2, _cores() // threads)

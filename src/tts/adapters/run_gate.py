@@ -1,8 +1,7 @@
-"""How many engine runs go on at once, and which goes next."""
+"""How many steps of engines go on at once, and which goes next."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
@@ -25,9 +24,9 @@ class Deadline:
 
 
 class RunGate:
-    """At most `slots` runs, earliest deadline first; one slot is kept for first pieces.
+    """At most `slots` steps, earliest deadline first; one slot is kept for first pieces.
 
-    A run cannot be paused: without the kept slot, somebody's first word would wait until another
+    A step cannot be paused: without the kept slot, somebody's first word would wait until another
     session's long sentence is done.
     """
 
@@ -53,10 +52,9 @@ class RunGate:
     def _enter(self, deadline: Deadline, cancel: CancelToken) -> bool:
         ticket = (deadline.due_s, next(self._order), deadline.started)
         with self._condition:
-            heapq.heappush(self.waiting, ticket)
+            self.waiting.append(ticket)
             self._condition.wait_for(lambda: cancel.cancelled or self._may_run(ticket))
             self.waiting.remove(ticket)
-            heapq.heapify(self.waiting)
             if not cancel.cancelled:
                 self._running += 1
             self._condition.notify_all()
