@@ -236,6 +236,8 @@ async def test_a_failed_load_fails_all_who_wait_alike_and_the_next_call_tries_ag
     async with await world.manager.acquire(OTHER, session_id="again"):
         assert world.status(OTHER).error == ""
     assert world.loader.done == [f"load {OTHER}"] * 2
+    await world.manager.unload(OTHER, ignore_ttl=True)
+    assert world.status(OTHER).state is ModelState.COLD
 
 
 async def test_a_waiter_that_leaves_does_not_end_the_load_for_the_others() -> None:
