@@ -29,8 +29,9 @@ _NO_SPEECH_PROB, _NO_SPEECH_LOGPROB = 0.6, -1.0
 _GIBBERISH_LOGPROB = -1.6
 _UNSURE_NO_SPEECH, _UNSURE_LOGPROB = 0.2, -0.6
 
-# A voice in the clip, by Silero: for any text; for a polite word that Whisper is sure of; if not.
-_ENOUGH_SPEECH_MS, _SHORT_WORD_MS, _CLEAR_SPEECH_MS = 96, 160, 384
+# How much of a voice Silero must hear: for any text, and for one that is suspect. One short word
+# has 200 ms.
+_ENOUGH_SPEECH_MS, _CLEAR_SPEECH_MS = 96, 192
 
 _INVENTED = frozenset(
     {
@@ -95,12 +96,12 @@ def is_invented(text: str, score: Score, speech_ms: int) -> bool:
     """Nothing was said, whatever the text. `speech_ms`: how much the voice detector heard."""
     if score.no_speech_prob > _NO_SPEECH_PROB and score.avg_logprob < _NO_SPEECH_LOGPROB:
         return True
-    if score.avg_logprob < _GIBBERISH_LOGPROB or speech_ms < _ENOUGH_SPEECH_MS:
+    if speech_ms < _ENOUGH_SPEECH_MS:
         return True
-    unsure = _is_unsure(score)
-    return _plain(text) in _INVENTED and speech_ms < (
-        _CLEAR_SPEECH_MS if unsure else _SHORT_WORD_MS
+    suspect = score.avg_logprob < _GIBBERISH_LOGPROB or (
+        _is_unsure(score) and _plain(text) in _INVENTED
     )
+    return suspect and speech_ms < _CLEAR_SPEECH_MS
 
 
 def _is_unsure(score: Score) -> bool:

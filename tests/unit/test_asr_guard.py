@@ -57,10 +57,16 @@ def test_clear_speech_is_never_doubted() -> None:
 @pytest.mark.parametrize("text", ["you", "Thank you.", "Thanks for watching!", "Bye-bye."])
 def test_a_polite_phrase_is_invented_unless_somebody_was_heard(text: str) -> None:
     assert guard.is_doubtful(text, CLEAR)
-    assert guard.is_invented(text, CLEAR, speech_ms=128)
-    assert not guard.is_invented(text, CLEAR, speech_ms=200)
-    assert guard.is_invented(text, UNSURE, speech_ms=200)
-    assert not guard.is_invented(text, UNSURE, speech_ms=600)
+    assert guard.is_invented(text, CLEAR, speech_ms=64)
+    assert guard.is_invented(text, UNSURE, speech_ms=160)
+    assert not guard.is_invented(text, CLEAR, speech_ms=160)
+    assert not guard.is_invented(text, UNSURE, speech_ms=224)
+
+
+def test_one_short_word_may_be_improbable() -> None:
+    alone = Score(no_speech_prob=0.1, avg_logprob=-1.8)
+    assert not guard.is_invented("No.", alone, speech_ms=224)
+    assert guard.is_invented("No.", alone, speech_ms=128)
 
 
 def test_noise_gives_no_words_even_if_the_detector_heard_a_voice() -> None:
