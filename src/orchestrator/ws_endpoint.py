@@ -41,6 +41,7 @@ class Session(MicSink, Protocol):
 
 
 SessionFactory = Callable[[str, SessionStart, WsTransport], Session]
+"""May raise DuplexError: the client is told, and closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,9 @@ class WsEndpoint:
                 await self._empty.wait()
         for connection in self._live:
             connection.end(Ending("draining", _going_down()))
+        with suppress(asyncio.TimeoutError):
+            async with timeout(2 * _LINGER_S + self._limits.close_timeout_ms / 1000):
+                await self._empty.wait()
 
     def _check_empty(self) -> None:
         if self._draining and not self._live:
@@ -204,14 +208,17 @@ class Connection:
     async def run(self, make_session: SessionFactory) -> None:
         try:
             start = await self._await_start()
+            if start is None:
+                return
+            session_id = f"s-{secrets.token_hex(6)}"
+            session = make_session(session_id, start, self._transport)
         except Refused as refused:
             await self.turn_away(refused.error)
-            return
-        if start is None:
-            return
-        session_id = f"s-{secrets.token_hex(6)}"
-        with log_context(session_id=session_id):
-            await self._converse(make_session(session_id, start, self._transport))
+        except DuplexError as error:
+            await self.turn_away(error)
+        else:
+            with log_context(session_id=session_id):
+                await self._converse(session)
 
     async def _await_start(self) -> SessionStart | None:
         """The first message; None when the client left instead. Raises Refused."""
