@@ -48,6 +48,8 @@ class User:
 
     def __init__(self) -> None:
         self.vocabulary: list[str] = []
+        self.muted = False
+        self.chunk_samples = 2 * MIC_STEP_SAMPLES
         self._steps: deque[Int16] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,11 +73,16 @@ class User:
         await self._idle.wait()
 
     async def run(self, sink: MicSink) -> None:
+        waiting = np.empty(0, dtype=np.int16)
         while True:
             steps = [self._steps.popleft() if self._steps else _tone(0) for _ in range(2)]
             if not self._steps:
                 self._idle.set()
-            sink.on_mic(np.concatenate(steps))
+            if not self.muted:
+                waiting = np.concatenate((waiting, *steps))
+            while waiting.size >= self.chunk_samples:
+                sink.on_mic(waiting[: self.chunk_samples])
+                waiting = waiting[self.chunk_samples :]
             await asyncio.sleep(FRAME_MS / 1000)
 
 

@@ -18,18 +18,9 @@ from enum import Enum
 from pydantic import Field
 
 from src.common.config import StrictModel
+from src.orchestrator.phrases import BACK_CHANNELS, INTERRUPTIONS, joined, same_words
 from src.orchestrator.vad import VadPhase
 from src.rpc.ws_events import StateName
-
-BACK_CHANNELS = (
-    "ah", "aha", "alright", "cool", "exactly", "fine", "good", "got it", "great", "hm", "hmm",
-    "huh", "i see", "mhm", "mm", "mm hmm", "mmm", "nice", "of course", "oh", "oh okay", "ok",
-    "okay", "really", "right", "sure", "true", "uh", "uh huh", "um", "wow", "yeah", "yep", "yes",
-)  # fmt: skip
-INTERRUPTIONS = (
-    "be quiet", "cancel", "enough", "excuse me", "hang on", "hold on", "hush", "never mind", "no",
-    "nope", "one moment", "pause", "quiet", "shut up", "shush", "stop", "wait",
-)  # fmt: skip
 
 
 class DuplexSettings(StrictModel):
@@ -275,6 +266,8 @@ def _start(state: DuplexState, actions: list[Do], act: Act, phase: Phase, text: 
 
 
 def _edge(state: DuplexState) -> Step:
+    if state.user is User.PAUSING:
+        return _voiced_again(state)
     state, actions = _interrupt(state)
     if state.user in _AWAITING_WORDS:
         state, dropped = _drop_draft(state)
@@ -484,18 +477,3 @@ def _finished(state: DuplexState, event: Finished) -> Step:
         case _:
             end = Act.COMPLETE if event.ok else Act.CUT
             return _without_reply(state), [Do(end, state.reply_id)]
-
-
-def joined(*parts: str) -> str:
-    return " ".join(part.strip() for part in parts if part.strip())
-
-
-def same_words(one: str, other: str) -> bool:
-    """Equal but for case, spacing and punctuation: it is the same question."""
-    return tokens(one) == tokens(other)
-
-
-def tokens(text: str) -> list[str]:
-    """Lower-case words without punctuation; a hyphen parts words ("mm-hmm")."""
-    cleaned = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower().replace("’", "'"))
-    return [word for part in cleaned.split() if (word := part.strip("'"))]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 
-from src.orchestrator.duplex import DuplexSettings, tokens
+from src.orchestrator.duplex import DuplexSettings
+from src.orchestrator.phrases import covered, has_phrase, tokens
 
 
 class Opinion(Enum):
@@ -97,31 +96,3 @@ def is_back_channel(text: str, settings: DuplexSettings) -> bool:
         and covered(words, settings.back_channels)
         and not has_phrase(words, settings.interruptions)
     )
-
-
-def covered(words: list[str], phrases: Iterable[str]) -> bool:
-    """True when `words` is nothing but phrases of the list, one after the other."""
-    known = _split(tuple(phrases))
-    reached = {0}
-    for start in range(len(words)):
-        if start in reached:
-            reached |= {
-                start + len(phrase)
-                for phrase in known
-                if tuple(words[start : start + len(phrase)]) == phrase
-            }
-    return len(words) in reached
-
-
-def has_phrase(words: list[str], phrases: Iterable[str]) -> bool:
-    known = _split(tuple(phrases))
-    return any(
-        tuple(words[start : start + len(phrase)]) == phrase
-        for start in range(len(words))
-        for phrase in known
-    )
-
-
-@lru_cache(maxsize=64)
-def _split(phrases: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
-    return frozenset(split for phrase in phrases if (split := tuple(tokens(phrase))))

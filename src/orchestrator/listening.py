@@ -13,8 +13,8 @@ from src.common.clock import Clock
 from src.common.tasks import TaskGroup
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.asr_turn import Partial, TurnRecognizer
-from src.orchestrator.duplex import joined
 from src.orchestrator.judge import Evidence, Opinion
+from src.orchestrator.phrases import joined
 from src.orchestrator.ports import MIC_STEP_MS, Recognizer, Transcript
 from src.orchestrator.vad import VadEvent, VadPhase, VoiceActivityDetector
 from src.orchestrator.waterfall import Waterfall, trailing_silence_ms
@@ -37,7 +37,7 @@ class Suspicion:
 
     def evidence(self, now_ms: float, *, playback_known: bool) -> Evidence:
         return Evidence(
-            since_edge_ms=int(now_ms - self.edge_ms),
+            since_edge_ms=round(now_ms - self.edge_ms),
             voiced_ms=self.voiced_ms,
             opinion=self.opinion,
             talking=self.talking,

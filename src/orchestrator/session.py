@@ -18,6 +18,7 @@ from src.audio.pcm import Int16
 from src.common.clock import Clock
 from src.common.logging import log_context
 from src.common.tasks import TaskGroup, timeout
+from src.orchestrator.announce import Announcer
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.asr_turn import Partial
 from src.orchestrator.duplex import (
@@ -35,13 +36,12 @@ from src.orchestrator.duplex import (
     User,
     Voice,
     Words,
-    joined,
     step,
 )
+from src.orchestrator.heard import HeardText
 from src.orchestrator.judge import Judgement, Verdict, is_back_channel, judge
 from src.orchestrator.listening import Listener
 from src.orchestrator.ports import (
-    MIC_STEP_MS,
     MIC_STEP_SAMPLES,
     Bridge,
     BridgeSession,
@@ -54,21 +54,11 @@ from src.orchestrator.ports import (
     VoiceRequest,
 )
 from src.orchestrator.reply import Reply, Subject
-from src.orchestrator.vad import VadEvent, VadPhase, VoiceActivityDetector
+from src.orchestrator.vad import VadEvent, VoiceActivityDetector
 from src.orchestrator.voices import Voices
 from src.orchestrator.waterfall import Waterfall
 from src.rpc.errors import DuplexError, Exhausted, InvalidArgument
-from src.rpc.ws_events import (
-    BargeIn,
-    Error,
-    Heard,
-    SessionEnded,
-    SessionStarted,
-    Speech,
-    State,
-    TranscriptEvent,
-    VerdictName,
-)
+from src.rpc.ws_events import VerdictName
 
 __all__ = ["DuplexSession", "DuplexSettings"]
 
@@ -76,7 +66,6 @@ log = logging.getLogger(__name__)
 
 _CLOSE_S = 2.0
 _MAX_TEXT_CHARS = 20_000
-_SPOKEN_PHASES = frozenset({VadPhase.EDGE, VadPhase.CONFIRMED, VadPhase.REJECTED, VadPhase.ENDED})
 
 
 class DuplexSession:
@@ -104,7 +93,7 @@ class DuplexSession:
         self.observer = observer
         self.codec = request.codec
         self._recognizer_name = recognizer.name
-        self._voices = Voices(speech, request, transport)
+        self._voices = Voices(speech, request, transport, self._spawn)
         self._bridges = bridge
         self._bridge: BridgeSession | None = None
         self._vad = vad
@@ -125,7 +114,7 @@ class DuplexSession:
         self._speaking: asyncio.Task[None] | None = None
         self._switching: asyncio.Task[None] | None = None
         self._verdict_timer: asyncio.TimerHandle | None = None
-        self._at_ms = 0
+        self._announce = Announcer(transport)
         self._group: TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
         self._reason = ""
@@ -149,7 +138,9 @@ class DuplexSession:
 
     def close(self, reason: str) -> None:
         """Idempotent. `run` returns once everything is let go of."""
-        self._reason = self._reason or reason
+        if self._reason:
+            return
+        self._reason = reason or "closed"
         if self._main is not None:
             self._main.cancel()
 
@@ -167,7 +158,7 @@ class DuplexSession:
             was_open, self._open = self._open, False
             await self._let_go(listening)
             if was_open:
-                self.transport.send_event(SessionEnded(reason=self._reason or "cancelled"))
+                self._announce.ended(self._reason or "cancelled")
                 self.observer.session_closed(self._reason or "cancelled")
 
     async def _open_ports(self) -> None:
@@ -177,22 +168,14 @@ class DuplexSession:
     def _begin(self) -> None:
         self._open = True
         self.observer.session_opened()
-        info = self._voices.current.info
-        self.transport.send_event(
-            SessionStarted(
-                session_id=self.session_id,
-                model=info.model,
-                voice=info.voice,
-                language=info.language,
-                worker=info.worker,
-                recogniser=self._recognizer_name,
-                llm=self._bridge.name if self._bridge else "",
-                codec="opus" if self.codec == "opus" else "pcm_s16le",
-                fallback=info.fallback,
-                fallback_reason=info.fallback_reason,
-            )
+        self._announce.started(
+            self.session_id,
+            self._voices.current.info,
+            recogniser=self._recognizer_name,
+            llm=self._bridge.name if self._bridge else "",
+            codec=self.codec,
         )
-        self._send_state()
+        self._announce.state(self._state, None)
         if self.settings.greeting.strip():
             self._apply(Say(self.settings.greeting))
 
@@ -260,7 +243,7 @@ class DuplexSession:
     # --- listening ---
 
     def _hear(self, samples: Int16) -> None:
-        self._at_ms += MIC_STEP_MS
+        self._announce.tick()
         state, listener, reply = self._state, self._listener, self._reply
         playing = bool(state.gate)
         level = reply.playback_dbfs if playing and reply is not None else -120.0
@@ -280,23 +263,13 @@ class DuplexSession:
         if before is Phase.SPEAKING and self._state.phase is Phase.BARGED_IN:
             self.observer.edge_to_last_frame(self.clock.now_ms() - began_ms)
             self._arm()
-            self._send_barge_in("pending", "")
-        if event.phase in _SPOKEN_PHASES:
-            self.transport.send_event(Speech(phase=event.phase.value, at_ms=event.at_ms))
+            self._announce.barge_in(self._reply, "pending")
+        self._announce.speech(event)
 
     def _on_partial(self, partial: Partial) -> None:
         state = self._state
         if state.mode == "listening" and state.user is User.TALKING:
-            carried = len(joined(state.carried, "x")) - 1
-            self.transport.send_event(
-                TranscriptEvent(
-                    turn_id=state.turn_id,
-                    text=joined(state.carried, partial.text),
-                    final=False,
-                    stable_chars=carried + partial.stable_chars,
-                    at_ms=self._at_ms,
-                )
-            )
+            self._announce.partial(state, partial)
         self._consider()
 
     def _on_words(self, text: str, final: bool) -> None:
@@ -334,7 +307,7 @@ class DuplexSession:
         if reply is None or not (late or state.phase is Phase.BARGED_IN):
             return
         evidence = self._listener.suspicion.evidence(
-            self.clock.now_ms(), playback_known=reply.flushed
+            self.clock.now_ms(), playback_known=reply.playback_known
         )
         judgement = judge(evidence, self.settings)
         real = judgement.verdict is Verdict.REAL
@@ -342,7 +315,8 @@ class DuplexSession:
             return
         self._disarm()
         self._send_verdict(judgement)
-        unheard = real and not reply.heard().heard.strip()
+        # "Stop" is not the rest of a question, however early it comes.
+        unheard = judgement.reason != "stop_word" and not reply.heard().heard.strip()
         self._apply(Judged(real, unheard=unheard))
 
     def _arm(self) -> None:
@@ -355,6 +329,9 @@ class DuplexSession:
     def _on_deadline(self) -> None:
         self._verdict_timer = None
         self._consider()
+        if self._state.phase is Phase.BARGED_IN:
+            # A second edge came meanwhile, with a window of its own.
+            self._arm()
 
     def _disarm(self) -> None:
         if self._verdict_timer is not None:
@@ -364,7 +341,7 @@ class DuplexSession:
     def _send_verdict(self, judgement: Judgement) -> None:
         verdict: VerdictName = "real" if judgement.verdict is Verdict.REAL else "false"
         self.observer.barge_in(verdict)
-        self._send_barge_in(verdict, judgement.reason)
+        self._announce.barge_in(self._reply, verdict, judgement.reason)
 
     # --- what the machine decides ---
 
@@ -376,7 +353,7 @@ class DuplexSession:
         if not self._state.reply_id:
             self._reply = None
         if self._state.mode != before:
-            self._send_state()
+            self._announce.state(self._state, self._reply)
 
     def _do(self, action: Do) -> None:
         listener = self._listener
@@ -403,7 +380,7 @@ class DuplexSession:
         bridge = self._bridge
         match action.act:
             case Act.SHUT:
-                reply.shut(self._at_ms)
+                reply.shut(self._announce.at_ms)
             case Act.PAUSE:
                 reply.order(ControlAction.PAUSE)
                 if bridge is not None:
@@ -416,9 +393,9 @@ class DuplexSession:
                 reply.play()
             case Act.PROMOTE:
                 reply.promote(action.text)
-                self._send_final(action.text)
+                self._announce.final(self._state, action.text)
             case Act.CUT | Act.COMPLETE:
-                self._conclude(reply, completed=action.act is Act.COMPLETE)
+                self._conclude(reply, to_the_end=action.act is Act.COMPLETE)
             case Act.STOP if self._speaking is not None:
                 self._speaking.cancel()
 
@@ -435,7 +412,7 @@ class DuplexSession:
         waterfall = None if said else self._fresh_waterfall(draft=draft)
         subject = Subject(action.reply_id, turn_id, "" if said else action.text, texts, waterfall)
         if action.act is Act.REPLY:
-            self._send_final(action.text)
+            self._announce.final(self._state, action.text)
         self._reply = Reply(subject, self, draft=draft)
         self._speaking = self._spawn(self._reply.run(self._speaking), f"reply {action.reply_id}")
 
@@ -446,24 +423,15 @@ class DuplexSession:
         before = self._listener.waterfall
         return Waterfall(before.speech_end, before.endpoint, before.transcript)
 
-    def _conclude(self, reply: Reply, *, completed: bool) -> None:
-        heard = reply.heard()
-        completed = completed or (reply.complete and bool(heard.heard) and not heard.cut.strip())
+    def _conclude(self, reply: Reply, *, to_the_end: bool) -> None:
+        """Tell the client and the context what was heard of a reply that is over."""
+        heard = HeardText(reply.text, "", estimated=False) if to_the_end else reply.heard()
+        completed = reply.complete and bool(heard.heard) and not heard.cut.strip()
         if reply.text:
-            self.transport.send_event(
-                Heard(
-                    turn_id=reply.turn_id,
-                    utterance_id=reply.utterance_id,
-                    heard=reply.text if completed else heard.heard.strip(),
-                    cut="" if completed else heard.cut.strip(),
-                    estimated=heard.estimated and not completed,
-                    completed=completed and reply.complete,
-                )
-            )
+            self._announce.heard(reply, heard, completed=completed)
         if self._bridge is not None:
-            said = reply.text if completed else heard.heard
             self._bridge.commit(
-                reply.turn_id, reply.user_text, said.strip(), completed=completed and reply.complete
+                reply.turn_id, reply.user_text, heard.heard.strip(), completed=completed
             )
 
     # --- Stage ---
@@ -472,7 +440,7 @@ class DuplexSession:
         return self._state.gate == reply_id
 
     def take_speech(self) -> SpeechSession:
-        return self._voices.take(self._spawn)
+        return self._voices.take()
 
     async def reopen_speech(self) -> None:
         await self._voices.reopen()
@@ -484,7 +452,7 @@ class DuplexSession:
         waterfall = reply.subject.waterfall
         if waterfall is not None:
             latency = waterfall.to_event(reply.turn_id, speculative=reply.speculative)
-            self.transport.send_event(latency)
+            self._announce.latency(latency)
             self.observer.turn_finished(latency)
 
     def on_finished(self, reply: Reply, *, ok: bool) -> None:
@@ -492,35 +460,7 @@ class DuplexSession:
 
     def report(self, error: DuplexError) -> None:
         log.warning("session goes on after an error", extra={"code": error.code})
-        self.transport.send_event(
-            Error(
-                code=error.code,
-                message=error.message,
-                retry_after_ms=error.retry_after_ms,
-                queue_position=error.queue_position,
-            )
-        )
-
-    # --- events ---
-
-    def _send_state(self) -> None:
-        reply = self._reply
-        turn_id = reply.turn_id if reply is not None else self._state.turn_id
-        self.transport.send_event(State(state=self._state.mode, turn_id=turn_id, at_ms=self._at_ms))
-
-    def _send_final(self, text: str) -> None:
-        self.transport.send_event(
-            TranscriptEvent(
-                turn_id=self._state.turn_id, text=text, final=True, stable_chars=len(text),
-                at_ms=self._at_ms,
-            )
-        )  # fmt: skip
-
-    def _send_barge_in(self, verdict: VerdictName, reason: str) -> None:
-        utterance_id = self._reply.utterance_id if self._reply is not None else ""
-        self.transport.send_event(
-            BargeIn(utterance_id=utterance_id, verdict=verdict, reason=reason, at_ms=self._at_ms)
-        )
+        self._announce.error(error)
 
 
 async def _verbatim(text: str) -> AsyncIterator[str]:

@@ -26,9 +26,14 @@ class Voices:
     """At most one voice in use and one waiting; every other lease is given back."""
 
     def __init__(
-        self, provider: SpeechProvider, request: VoiceRequest, transport: Transport
+        self,
+        provider: SpeechProvider,
+        request: VoiceRequest,
+        transport: Transport,
+        spawn: Spawn,
     ) -> None:
         self._provider = provider
+        self._spawn = spawn
         self._request = request
         self._transport = transport
         self._current: SpeechSession | None = None
@@ -60,17 +65,18 @@ class Voices:
         if waiting is not None:
             await _give_back(waiting)
 
-    def take(self, spawn: Spawn) -> SpeechSession:
+    def take(self) -> SpeechSession:
         """The voice for the utterance that begins now. None is being spoken."""
         if self._next is not None:
             before, self._current, self._next = self.current, self._next, None
-            spawn(_give_back(before), "give back the voice")
+            self._spawn(_give_back(before), "give back the voice")
         return self.current
 
     async def reopen(self) -> None:
         """The worker of the current voice is gone: the same voice elsewhere. Raises DuplexError."""
         before, self._current = self.current, await self._lease(self._request)
-        await _give_back(before)
+        # In a task of its own: a worker that is gone takes its time to say nothing.
+        self._spawn(_give_back(before), "give back the lost voice")
 
     async def aclose(self) -> None:
         for speech in (self._current, self._next):

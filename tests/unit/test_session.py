@@ -204,6 +204,19 @@ def test_the_end_of_speech_hides_recognition_and_the_first_words() -> None:
     play(scenario)
 
 
+def test_a_draft_that_is_ready_in_time_is_heard_at_the_endpoint() -> None:
+    async def scenario() -> None:
+        async with Conversation() as talk:
+            talk.bridge.first_token_ms = 10
+            await talk.ask()
+            await talk.speaking()
+            [latency] = talk.observer.turns
+            assert latency.first_audio_ms == latency.endpoint_ms
+            assert talk.client.heard_audio("u1") == spoken(1)
+
+    play(scenario)
+
+
 def test_without_speculation_everything_happens_after_the_endpoint() -> None:
     async def scenario() -> None:
         async with Conversation(settings=DuplexSettings(speculative_llm=False)) as talk:
@@ -459,6 +472,46 @@ def test_a_client_that_acknowledges_nothing_is_kept_in_bounds() -> None:
     play(scenario)
 
 
+def test_the_verdict_falls_when_the_microphone_falls_silent() -> None:
+    async def scenario() -> None:
+        async with Conversation() as talk:
+            await talk.ask()
+            await talk.speaking(played_frames=20)
+            talk.user.cough(40)
+            await talk.until(lambda: talk.states()[-1] == "barged_in")
+            talk.user.muted = True
+            await talk.listening()
+            assert talk.verdicts() == [("pending", ""), ("false", "short")]
+            assert talk.client.heard_audio("u1") == spoken(100)
+
+    play(scenario)
+
+
+def test_an_early_stop_is_no_part_of_the_question() -> None:
+    async def scenario() -> None:
+        async with Conversation() as talk:
+            await talk.ask()
+            await talk.speaking(played_frames=1)
+            talk.user.say("stop")
+            await talk.until(lambda: talk.verdict() == ("real", "stop_word"))
+            await talk.until(lambda: talk.bridge.asked[-1].text == "stop")
+            assert talk.bridge.committed[0].heard_text == ""
+
+    play(scenario)
+
+
+def test_any_chunking_of_the_microphone_is_the_same() -> None:
+    async def finals(chunk: int) -> list[str]:
+        async with Conversation() as talk:
+            talk.user.chunk_samples = chunk
+            await talk.ask("what is this")
+            await talk.speaking()
+            return talk.finals()
+
+    for chunk in (320, 37, 161, 1600):
+        assert run_virtual(finals(chunk)) == ["what is this"]
+
+
 # --- text ---
 
 
@@ -574,9 +627,10 @@ def test_a_model_that_dies_in_mid_answer_leaves_what_it_said() -> None:
     play(scenario)
 
 
-def test_a_model_that_is_down_gets_one_error_and_the_session_lives() -> None:
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_model_that_is_down_gets_one_error_and_the_session_lives(speculative: bool) -> None:
     async def scenario() -> None:
-        async with Conversation(settings=DuplexSettings(speculative_llm=False)) as talk:
+        async with Conversation(settings=DuplexSettings(speculative_llm=speculative)) as talk:
             talk.bridge.die_after_words = 0
             await talk.ask()
             await talk.until(lambda: talk.seen(Error))
