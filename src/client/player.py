@@ -64,17 +64,26 @@ class Player:
             self.position = Position(utterance_id, seq - 1)
 
     def push(self, samples: Int16) -> None:
-        """One frame of 960 samples. Without a `begin` before it, it is stale and dropped."""
+        """One frame of 960 samples. Dropped without a `begin` before it, and if we have it."""
         if self._receiving is None:
             self.dropped += 1
             return
         utterance_id, seq = self._receiving
         self._receiving = (utterance_id, seq + 1)
+        if seq <= self._newest(utterance_id):
+            self.dropped += 1
+            return
         if len(self._frames) >= MAX_FRAMES:
             self._frames.popleft()
             self._taken = 0
             self.dropped += 1
         self._frames.append(_Frame(utterance_id, seq, samples))
+
+    def _newest(self, utterance_id: str) -> int:
+        """The last frame of the utterance that was heard or waits to be; below any seq if none."""
+        if self._frames and self._frames[-1].utterance_id == utterance_id:
+            return self._frames[-1].seq
+        return self.position.seq if self.position.utterance_id == utterance_id else -1
 
     def end(self) -> None:
         """`audio.end`: nothing follows, so what is buffered need not wait for more."""

@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import aiohttp
+from pydantic import ValidationError
 
 from src.audio.pcm import SAMPLE_RATE, Int16, from_bytes
-from src.client.player import Player
+from src.client.player import Player, Position
 from src.common.clock import Clock, MonotonicClock
 from src.common.tasks import TaskGroup
-from src.rpc.errors import DuplexError, Unauthenticated, Unavailable
+from src.rpc.errors import (
+    DuplexError,
+    Exhausted,
+    InvalidArgument,
+    Unauthenticated,
+    Unavailable,
+)
 from src.rpc.ws_events import (
     AudioBegin,
     AudioEnd,
@@ -113,13 +120,15 @@ class VoiceClient:
     # --- from the server ---
 
     async def receive(self) -> None:
-        """Until the socket closes. Raises SessionFailed after a fatal error event."""
+        """Until the socket closes. Raises SessionFailed after a fatal error event, Unavailable when
+        the server speaks another protocol.
+        """
         fatal: Error | None = None
         async for message in self._socket:
             if message.type is aiohttp.WSMsgType.BINARY:
-                self.player.push(from_bytes(message.data))
+                self._push(message.data)
             elif message.type is aiohttp.WSMsgType.TEXT:
-                event = parse_server(message.data)
+                event = _parsed(message.data)
                 self._on_event(self.now_ms(), event)
                 await self._obey(event)
                 if isinstance(event, Error) and event.fatal:
@@ -128,6 +137,11 @@ class VoiceClient:
         self.closed.set()
         if fatal is not None:
             raise SessionFailed(fatal)
+
+    def _push(self, pcm: bytes) -> None:
+        if len(pcm) % 2:
+            raise Unavailable(f"the server sent {len(pcm)} bytes of audio: half a sample too many")
+        self.player.push(from_bytes(pcm))
 
     async def _obey(self, event: ServerEvent) -> None:
         if isinstance(event, AudioBegin):
@@ -151,20 +165,25 @@ class VoiceClient:
     async def play(self) -> None:
         """10 ms of sound every 10 ms, without drift; late ticks are caught up."""
         ticks = 0
+        before = self.player.position
         while True:
             ticks += 1
             await asyncio.sleep(max(0.0, ticks * TICK_MS - self.now_ms()) / 1000)
             self._on_audio(self.player.pull(TICK_SAMPLES))
             self._note_silence()
-            if ticks % (ACK_EVERY_MS // TICK_MS) == 0:
-                await self._acknowledge()
+            if before.utterance_id != self.player.position.utterance_id:
+                # The next utterance began between two acknowledgements: the last word of this one
+                # was heard all the same.
+                await self._acknowledge(before)
+            before = self.player.position
+            if ticks % (ACK_EVERY_MS // TICK_MS) == 0 or not self.player.playing:
+                await self._acknowledge(before)
 
     def _note_silence(self) -> None:
         if self.flushes and self.flushes[-1].silent_ms is None:
             self.flushes[-1].silent_ms = self.now_ms()
 
-    async def _acknowledge(self) -> None:
-        position = self.player.position
+    async def _acknowledge(self, position: Position) -> None:
         if position != self._acked and position.utterance_id:
             self._acked = position
             await self._send(Playback(utterance_id=position.utterance_id, seq=position.seq))
@@ -187,8 +206,8 @@ async def connect(
     """A running session: received, played and acknowledged inside the `async with`.
 
     `host` is `ws://…` or `wss://…`, with or without the path. Raises Unavailable when nobody
-    answers, Unauthenticated for a refused key, and in an exception group SessionFailed when the
-    server ends it.
+    answers, Unauthenticated for a refused key, Exhausted when it is full, InvalidArgument for an
+    address that is none, and in an exception group SessionFailed when the server ends it.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(headers=headers) as http:
@@ -206,17 +225,43 @@ async def connect(
             await socket.close()
 
 
+def session_url(host: str) -> str:
+    """`localhost:8080`, `http://…`, `wss://…/v1/session`: whatever was typed. InvalidArgument."""
+    scheme, found, rest = host.partition("://")
+    if not found:
+        scheme, rest = "ws", scheme
+    scheme = {"http": "ws", "https": "wss"}.get(scheme, scheme)
+    rest = rest.rstrip("/")
+    if scheme not in ("ws", "wss") or not rest:
+        raise InvalidArgument(f"not an address of a server: {host!r}; use ws://HOST:PORT")
+    return f"{scheme}://{rest.removesuffix(PATH)}{PATH}"
+
+
+def _parsed(text: str) -> ServerEvent:
+    try:
+        return parse_server(text)
+    except ValidationError as error:
+        fault = error.errors(include_input=False)[0]["msg"]
+        raise Unavailable(f"the server speaks another protocol: {fault}") from None
+
+
 async def _dial(http: aiohttp.ClientSession, host: str) -> Socket:
-    url = host.rstrip("/") + ("" if host.rstrip("/").endswith(PATH) else PATH)
+    url = session_url(host)
     try:
         return await http.ws_connect(url, heartbeat=20, max_msg_size=1 << 20, compress=0)
     except aiohttp.WSServerHandshakeError as error:
         if error.status == 401:
             raise Unauthenticated("the server refused the API key") from error
-        message = await _refusal(http, url) or error.message
+        message = await _refusal(http, url)
+        if error.status == 429:
+            raise Exhausted(message or "the server is full; try again in a moment") from error
+        if not message:
+            raise InvalidArgument(
+                f"{url} answers, but not as this project's server ({error.status}): check --host"
+            ) from error
         raise Unavailable(f"the server refused the connection: {error.status} {message}") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise Unavailable(f"no server at {url}: {error}") from error
+        raise Unavailable(f"no server at {url}; is it running? ({error})") from error
 
 
 async def _refusal(http: aiohttp.ClientSession, url: str) -> str:

@@ -131,3 +131,68 @@ def test_whatever_the_network_does_every_frame_is_heard_once_and_in_order(
     assert plateaus == sorted(plateaus)
     assert set(plateaus) >= {1000 + seq for seq in range(sent)}
     assert player.position.seq == sent - 1
+
+
+def test_a_sender_that_resumes_too_early_is_not_heard_twice() -> None:
+    player = fed(4)
+    pull_ms(player, 50)
+    assert player.flush().seq == 1
+    pull_ms(player, 20)
+    player.begin("u", 0)
+    for seq in range(4):
+        player.push(frame(seq))
+    player.end()
+    assert set(runs_of_fifty(pull_ms(player, 100))) == {1002, 1003}
+    assert player.dropped == 2
+
+
+def test_the_next_utterance_follows_without_a_gap() -> None:
+    player = fed(4)
+    player.end()
+    player.begin("v", 0)
+    for seq in range(4, 8):
+        player.push(frame(seq))
+    player.end()
+    assert pull_ms(player, 160).all()
+    assert player.position == Position("v", 3)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["push", "push", "push", "pull", "pull", "flush", "begin", "again", "end"]),
+        max_size=80,
+    )
+)
+def test_positions_never_go_back_and_nothing_sounds_between_flush_and_begin(
+    script: list[str],
+) -> None:
+    """A server that misbehaves in any order: frames without a begin, begins that overlap."""
+    player = Player()
+    utterance, sent, muted = 0, 0, True
+    before = player.position
+    for action in script:
+        if action == "begin":
+            utterance, sent, muted = utterance + 1, 0, False
+            player.begin(f"u{utterance}", 0)
+        elif action == "again" and utterance:
+            sent = max(0, sent - 3)
+            muted = False
+            player.begin(f"u{utterance}", sent)
+        elif action == "push":
+            player.push(frame(sent))
+            sent += 1
+        elif action == "pull":
+            sound = pull_ms(player, 30)
+            assert not (muted and sound[FADE_SAMPLES:].any())
+        elif action == "flush":
+            player.flush()
+            pull_ms(player, 10)
+            muted = True
+        elif action == "end":
+            player.end()
+        now = player.position
+        if now.utterance_id == before.utterance_id:
+            assert now.seq >= before.seq
+        else:
+            assert int(now.utterance_id[1:]) > int(before.utterance_id[1:] or 0)
+        before = now
