@@ -93,7 +93,8 @@ class HostHub:
         async def handle(request: web.Request) -> web.StreamResponse:
             presented = _bearer(request.headers.get("Authorization", ""))
             if presented and not check_key(presented):
-                return web.json_response({"message": "wrong API key"}, status=401)
+                body = {"error": {"code": Unauthenticated.code, "message": "wrong API key"}}
+                return web.json_response(body, status=Unauthenticated.http)
             socket = web.WebSocketResponse(heartbeat=20, max_msg_size=MAX_MESSAGE_BYTES)
             await socket.prepare(request)
             try:
