@@ -90,7 +90,7 @@ def make_recognizer(settings: AsrSettings) -> Recognizer:
 
 def load_backend(settings: AsrSettings) -> Backend:
     backend = WhisperBackend(
-        settings.engine,
+        Path(settings.engine).name if is_path(settings.engine) else settings.engine,
         _load_decoder(settings),
         default_language=settings.language,
         context_s=settings.context_s,

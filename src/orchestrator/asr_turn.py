@@ -18,12 +18,13 @@ from src.common.clock import Clock
 from src.common.tasks import TaskGroup
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.asr_partials import LocalAgreement, Partial
-from src.orchestrator.ports import MIC_RATE, Recognizer, Transcript
+from src.orchestrator.ports import MIC_RATE, MIC_STEP_SAMPLES, Recognizer, Transcript
 from src.rpc.errors import DuplexError
 
 __all__ = ["AsrSettings", "Partial", "TurnRecognizer"]
 
 _LONGEST_PARTIAL_MS = 20_000
+_OVERLAP_STEPS = 60
 
 
 class _TurnAudio:
@@ -41,6 +42,15 @@ class _TurnAudio:
         self.size += samples.size
         while self.size - self._parts[0].size >= self._limit:
             self.size -= self._parts.popleft().size
+
+    def add_overlapping(self, samples: Int16) -> None:
+        """Less the beginning that is already the end of what is here, in whole steps."""
+        tail = np.concatenate(list(self._parts)[-_OVERLAP_STEPS:]) if self._parts else samples[:0]
+        for overlap in range(min(tail.size, samples.size), 0, -MIC_STEP_SAMPLES):
+            if np.array_equal(tail[-overlap:], samples[:overlap]):
+                self.add(samples[overlap:])
+                return
+        self.add(samples)
 
     @property
     def ms(self) -> int:
@@ -107,14 +117,19 @@ class TurnRecognizer:
         self._extending = False
         self._drop_guess()
         self._open = True
-        self._add(preroll)
+        self._audio.add_overlapping(preroll)
+        self._more_audio.set()
 
     def feed(self, samples: Int16) -> None:
         if self._open:
-            self._add(samples)
+            self._audio.add(samples)
+            self._more_audio.set()
 
     def extend(self) -> None:
-        """The turn that just finished was not over: the next `begin` goes on with its audio."""
+        """The turn that just finished was not over: the next `begin` goes on with its audio.
+
+        Its preroll may reach back into that audio; what is there twice is taken once.
+        """
         self._extending = self._audio.size > 0
 
     def cancel(self) -> None:
@@ -236,10 +251,6 @@ class TurnRecognizer:
         return await self._recognizer.transcribe(
             samples, session_id=self._session_id, language=self._language, urgent=urgent
         )
-
-    def _add(self, samples: Int16) -> None:
-        self._audio.add(samples)
-        self._more_audio.set()
 
     def _close(self) -> None:
         self._open = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,8 +32,9 @@ class OpenAiDecoder:
             raise CorruptModel(
                 f"{source} does not load as a Whisper checkpoint: {error}"
             ) from error
-        self._torch = torch
         self._whisper = whisper
+        # Its decoder keeps the cache of one pass in hooks on the model itself.
+        self._one_at_a_time = threading.Lock()
         encoder = self._model.encoder
         encoder.forward = types.MethodType(_encode_any_length, encoder)
         multilingual = bool(self._model.is_multilingual)
@@ -52,7 +54,8 @@ class OpenAiDecoder:
             sample_len=budget,
             fp16=self._model.device.type == "cuda",
         )
-        result = self._whisper.decode(self._model, mel, options)
+        with self._one_at_a_time:
+            result = self._whisper.decode(self._model, mel, options)
         score = Score(float(result.no_speech_prob), float(result.avg_logprob))
         return Decoded(list(result.tokens), score, len(result.tokens) >= budget)
 

@@ -215,6 +215,18 @@ async def test_a_turn_that_was_not_over_goes_on_with_its_audio() -> None:
         assert (await finish(rig)).text == "100 ms"
 
 
+async def test_audio_that_the_preroll_brings_again_is_taken_once() -> None:
+    voice = np.arange(1, 16 * 1000 + 1, dtype=np.int16)
+    async with running(partials=False) as rig:
+        rig.turn.begin(voice[: 16 * 300])
+        for start in range(16 * 300, 16 * 700, 160):
+            rig.turn.feed(voice[start : start + 160])
+        await finish(rig)
+        rig.turn.extend()
+        rig.turn.begin(voice[16 * 500 : 16 * 800])
+        assert (await finish(rig)).text == "800 ms"
+
+
 async def test_a_false_alarm_leaves_nothing() -> None:
     async with running(partials=False) as rig:
         rig.turn.begin(silence(300))
