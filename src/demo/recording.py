@@ -10,7 +10,7 @@ import numpy as np
 
 from src.audio.pcm import SAMPLE_RATE, Int16
 from src.client.session import Flushed
-from src.rpc.ws_events import BargeIn, Heard, ServerEvent, Speech, TranscriptEvent
+from src.rpc.ws_events import BargeIn, Heard, Latency, ServerEvent, Speech, TranscriptEvent
 
 MIC_RATE = 16_000
 EventT = TypeVar("EventT")
@@ -88,7 +88,13 @@ class Recording:
         return spans
 
     def finals(self) -> list[TranscriptEvent]:
-        return [event for _, event in self.of(TranscriptEvent) if event.final]
+        """The last word on each turn: a turn that went on after a pause is transcribed again."""
+        by_turn = {event.turn_id: event for _, event in self.of(TranscriptEvent) if event.final}
+        return list(by_turn.values())
+
+    def latency_of(self, turn_id: str) -> Latency | None:
+        found = [event for _, event in self.of(Latency) if event.turn_id == turn_id]
+        return found[-1] if found else None
 
     def heard(self) -> list[Heard]:
         return [event for _, event in self.of(Heard)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.table import Table
 
 from src.demo.play import Happened
 from src.demo.recording import Recording
 from src.demo.wer import word_errors
-from src.rpc.ws_events import AudioBegin, AudioEnd, Heard, Latency
+from src.rpc.ws_events import AudioBegin, AudioEnd, Heard
 
 # One word in three: a small recogniser on a small machine, but it must have understood.
 MAX_ERROR_RATE = 0.34
@@ -95,13 +96,12 @@ def turn_table(recording: Recording) -> Table:
         table.add_column(f"{column} ms", justify="right")
     lines = [said.text for said in recording.said if said.text]
     finals = recording.finals()
-    latencies = [event for _, event in recording.of(Latency)]
-    for index, line in enumerate(lines):
-        got = finals[index].text if index < len(finals) else "—"
+    for line, final in zip_longest(lines, finals[: len(lines)]):
+        got = final.text if final else "—"
         found = word_errors(line, got)
         row = [line, got, f"{found.errors}/{found.words}"]
-        if index < len(latencies):
-            one = latencies[index]
+        one = recording.latency_of(final.turn_id) if final else None
+        if one is not None:
             row += [str(one.transcript_ms), str(one.first_token_ms), str(one.first_audio_ms)]
         table.add_row(*row)
     return table
