@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from src.audio.pcm import Int16, level_dbfs
 from src.common.config import StrictModel
@@ -81,6 +81,14 @@ class VadSettings(StrictModel):
     )
     playback_hold_ms: int = Field(250, ge=0, description="how late an echo may arrive")
     preroll_ms: int = Field(500, ge=MIC_STEP_MS, description="audio kept from before the edge")
+
+    @field_validator("energy_steps", "voiced_steps")
+    @classmethod
+    def _k_of_n(cls, value: tuple[int, int]) -> tuple[int, int]:
+        k, n = value
+        if not 1 <= k <= n:
+            raise ValueError(f"{k} of the last {n} steps can never be: write [k, n] with k ≤ n")
+        return value
 
 
 class EdgeDetector(Protocol):

@@ -256,6 +256,12 @@ def test_an_unknown_setting_is_refused(key: str) -> None:
         VadSettings.model_validate({key: 1})
 
 
+@pytest.mark.parametrize("steps", [(3, 2), (0, 2)])
+def test_an_edge_that_could_never_be_is_refused(steps: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="can never be"):
+        VadSettings(energy_steps=steps)
+
+
 # --- properties ---
 
 _FOLLOWS: dict[VadPhase | None, set[VadPhase]] = {
