@@ -13,12 +13,14 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from src.common.tasks import timeout
 from src.rpc.announcement import CHANNEL, HEARTBEAT_MS, TTL_MS, Announcement
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 1.0
+_ANSWER_S = 1.0
 _LONGEST_BACKOFF_MS = 10_000
+_AWAY = (RedisError, OSError, asyncio.TimeoutError)
 
 
 class Announcer:
@@ -39,9 +41,9 @@ class Announcer:
         if not self._redis_url:
             log.info("announced nowhere: redis.url is empty")
             return
-        redis = Redis.from_url(
-            self._redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-        )
+        # Time-outs are ours: redis-py's go through `wait_for`, which before Python 3.12 may swallow
+        # the cancellation of whoever awaits it.
+        redis = Redis.from_url(self._redis_url, socket_timeout=None, socket_connect_timeout=None)
         async with redis:
             try:
                 await self._beat_for_ever(redis)
@@ -59,7 +61,8 @@ class Announcer:
 
     async def _pause(self, ms: int) -> None:
         try:
-            await asyncio.wait_for(self._now.wait(), ms / 1000.0)
+            async with timeout(ms / 1000.0):
+                await self._now.wait()
         except asyncio.TimeoutError:
             return
         self._now.clear()
@@ -68,11 +71,11 @@ class Announcer:
         record = self._describe()
         body = record.model_dump_json()
         try:
-            async with redis.pipeline(transaction=True) as pipe:
+            async with timeout(_ANSWER_S), redis.pipeline(transaction=True) as pipe:
                 pipe.set(record.key, body, px=TTL_MS)
                 pipe.publish(CHANNEL, body)
                 await pipe.execute()
-        except (RedisError, OSError) as error:
+        except _AWAY as error:
             self._note(reachable=False, why=type(error).__name__)
             return False
         self._note(reachable=True)
@@ -93,6 +96,7 @@ class Announcer:
         if not self._reachable:
             return
         try:
-            await redis.delete(self._describe().key)
-        except (RedisError, OSError) as error:
+            async with timeout(_ANSWER_S):
+                await redis.delete(self._describe().key)
+        except _AWAY as error:
             log.warning("the record could not be deleted", extra={"why": type(error).__name__})

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from src.common.tasks import timeout
 from src.rpc.errors import FailedPrecondition, NotFound
 from src.rpc.generated import tts_pb2 as pb
 from src.tts.leases import Lease
@@ -160,7 +161,8 @@ class Session:
         for utterance in self._calls:
             utterance.stop()
         try:
-            await asyncio.wait_for(self._idle.wait(), _CLOSE_WAIT_S)
+            async with timeout(_CLOSE_WAIT_S):
+                await self._idle.wait()
         except asyncio.TimeoutError:
             # The client reads nothing: not even the end marker gets through to it.
             self.abandon()
