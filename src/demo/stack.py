@@ -56,6 +56,7 @@ class StackOptions:
     llm_base_url: str = field(default_factory=lambda: os.environ.get("LLM_BASE_URL", ""))
     worker_args: tuple[str, ...] = ()
     orchestrator_args: tuple[str, ...] = ()
+    orchestrator_module: str = "src.orchestrator.server"
 
 
 @dataclass
@@ -124,9 +125,7 @@ async def _start(
     cleanup: AsyncExitStack,
     env: dict[str, str],
 ) -> Child:
-    child = await Child.start(
-        name, [sys.executable, *argv], log=options.log_dir / f"{name}.log", env=env
-    )
+    child = await Child.start(name, argv, log=options.log_dir / f"{name}.log", env=env)
     cleanup.push_async_callback(child.stop)
     stack.children[name] = child
     return child
@@ -136,7 +135,7 @@ async def _start_llm(
     stack: Stack, options: StackOptions, report: Report, cleanup: AsyncExitStack
 ) -> None:
     began = time.monotonic()
-    argv = [str(ROOT / "scripts" / "run_llm.py"), "--port", str(options.ports.llm)]
+    argv = [sys.executable, str(ROOT / "scripts" / "run_llm.py"), "--port", str(options.ports.llm)]
     child = await _start(stack, "llm", argv, options, cleanup, {})
     base = f"http://127.0.0.1:{options.ports.llm}"
     await child.ready(lambda: _http_ok(f"{base}/health"), READY_S)
@@ -147,12 +146,10 @@ async def _start_worker(
     stack: Stack, options: StackOptions, report: Report, cleanup: AsyncExitStack
 ) -> None:
     began = time.monotonic()
-    adapter = stack.model.partition("-")[0]
-    argv = ["-m", "src.tts.worker", "--adapter", adapter, "--default_model", stack.model]
-    argv += ["--host", "127.0.0.1", "--port", str(options.ports.worker), *options.worker_args]
+    argv = worker_argv(stack.model, options.ports.worker, *options.worker_args)
     env = {"REDIS_URL": stack.redis_url}
     child = await _start(stack, "worker", argv, options, cleanup, env)
-    await child.ready(lambda: _grpc_serving(stack.worker_target), READY_S)
+    await child.ready(lambda: worker_serves(stack.worker_target), READY_S)
     report(f"voice worker  {stack.model} loaded and warm, {time.monotonic() - began:.1f} s")
 
 
@@ -160,13 +157,20 @@ async def _start_orchestrator(
     stack: Stack, options: StackOptions, report: Report, cleanup: AsyncExitStack
 ) -> None:
     began = time.monotonic()
-    argv = ["-m", "src.orchestrator.server", "--ws", "--host", "127.0.0.1"]
+    argv = [sys.executable, "-m", options.orchestrator_module, "--ws", "--host", "127.0.0.1"]
     argv += ["--port", str(options.ports.orchestrator), *options.orchestrator_args]
     env = {"REDIS_URL": stack.redis_url, "LLM_BASE_URL": stack.llm_base_url}
     child = await _start(stack, "orchestrator", argv, options, cleanup, env)
     ready = f"http://127.0.0.1:{options.ports.orchestrator}/readyz"
     await child.ready(lambda: _http_ok(ready), READY_S)
     report(f"orchestrator  {stack.ws_url}, {time.monotonic() - began:.1f} s")
+
+
+def worker_argv(model: str, port: int, *more: str) -> list[str]:
+    """The command line of a worker on the loopback whose default is `model`."""
+    adapter = model.partition("-")[0]
+    argv = [sys.executable, "-m", "src.tts.worker", "--adapter", adapter]
+    return [*argv, "--default_model", model, "--host", "127.0.0.1", "--port", str(port), *more]
 
 
 async def _http_ok(url: str) -> bool:
@@ -180,7 +184,8 @@ async def _http_ok(url: str) -> bool:
         return False
 
 
-async def _grpc_serving(target: str) -> bool:
+async def worker_serves(target: str) -> bool:
+    """The worker's own health check: its default model is loaded and warm."""
     async with grpc.aio.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
