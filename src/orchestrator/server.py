@@ -48,7 +48,7 @@ from src.orchestrator.ws_transport import WsTransport
 from src.rpc.errors import DuplexError, NotFound, Unavailable
 from src.rpc.ws_events import SessionStart
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("src.orchestrator.server")
 
 WEB_ROOT = Path(__file__).resolve().parents[1] / "client" / "web"
 _DEFAULT_REDIS = "redis://127.0.0.1:6379/0"

@@ -21,7 +21,13 @@ from src.orchestrator.metrics import Metrics
 from src.orchestrator.ports import MicSink
 from src.orchestrator.ws_inbound import Inbound, InboundLimits, Refused
 from src.orchestrator.ws_transport import OutboundLimits, WsTransport, error_event
-from src.rpc.errors import DuplexError, Internal, InvalidArgument, Unavailable
+from src.rpc.errors import (
+    DuplexError,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    Unavailable,
+)
 from src.rpc.ws_events import ClientEvent, ModelSwitch, Playback, SessionStart, TextInput
 
 log = logging.getLogger(__name__)
@@ -317,6 +323,10 @@ class Connection:
 
     def _dispatch(self, session: Session, event: ClientEvent) -> bool:
         """False: the client wants to end."""
+        if isinstance(event, TextInput | ModelSwitch) and not self._transport.started:
+            # Audio that comes too early is only silence; words would be lost.
+            early = FailedPrecondition(f"{event.type} before session.started; send it again then")
+            raise Refused(early, fatal=False)
         if isinstance(event, Playback):
             heard = self._transport.acknowledge(event.utterance_id, event.seq)
             session.on_playback(event.utterance_id, heard, flushed=event.flushed)

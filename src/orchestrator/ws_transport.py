@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 from src.common.clock import Clock
 from src.orchestrator.ports import SpeechFrame
 from src.rpc.errors import DuplexError, Exhausted
-from src.rpc.ws_events import AudioBegin, AudioEnd, Error, Flush, ServerEvent
+from src.rpc.ws_events import AudioBegin, AudioEnd, Error, Flush, ServerEvent, SessionStarted
 
 _REMEMBERED_UTTERANCES = 16
 _WATCH_S = 0.25
@@ -86,6 +86,7 @@ class WsTransport:
         self._limits = limits
         self._queue = SendQueue(limits.max_queue_bytes)
         self._wake = asyncio.Event()
+        self.started = False
         self._finishing = False
         self._overflown = False
         self._writing_since: float | None = None
@@ -97,6 +98,7 @@ class WsTransport:
     # --- ports.Transport ---
 
     def send_event(self, event: ServerEvent) -> None:
+        self.started = self.started or isinstance(event, SessionStarted)
         self._put(Message(event.model_dump_json()))
 
     def begin_audio(self, utterance_id: str, seq: int, *, resumed: bool) -> None:

@@ -43,9 +43,13 @@ class ScriptedSession:
         self.switches: list[tuple[str, str]] = []
         self.closed: list[str] = []
         self.failure: BaseException | None = None
+        self.voice_is_there = asyncio.Event()
+        if start.model != "cold":
+            self.voice_is_there.set()
         self._end = asyncio.Event()
 
     async def run(self) -> None:
+        await self.voice_is_there.wait()
         self.transport.send_event(SessionStarted(session_id="s", model="m", voice="v"))
         await self._end.wait()
         if self.failure is not None:
@@ -325,6 +329,21 @@ async def test_a_bad_message_is_answered_and_the_session_goes_on() -> None:
     assert 'duplex_refused_total{code="invalid_argument"} 1.0' in (
         orchestrator.metrics.expose().decode()
     )
+
+
+async def test_words_that_come_before_the_voice_are_refused_not_lost() -> None:
+    orchestrator = Orchestrator()
+    async with orchestrator.client() as client:
+        socket = await client.ws_connect("/v1/session")
+        await socket.send_json({**START, "model": "cold"})
+        await socket.send_json({"type": "text", "text": "1"})
+        error = await event(socket)
+        assert (error["code"], error["fatal"]) == ("failed_precondition", False)
+        orchestrator.sessions[-1].voice_is_there.set()
+        assert (await event(socket))["type"] == "session.started"
+        await socket.send_json({"type": "text", "text": "1"})
+        assert (await event(socket))["type"] == "audio.begin"
+        await socket.close()
 
 
 @pytest.mark.parametrize(
