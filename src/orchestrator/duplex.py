@@ -269,13 +269,13 @@ def _edge(state: DuplexState) -> Step:
     if state.user is User.PAUSING:
         return _voiced_again(state)
     state, actions = _interrupt(state)
-    if state.user in _AWAITING_WORDS:
+    if state.user is User.ENDED:
         state, dropped = _drop_draft(state)
         return replace(state, user=User.AGAIN), [*actions, *dropped, Do(Act.BEGIN_TURN)]
     if state.user is User.SILENT:
         state, begun = _begin_turn(state)
         return state, actions + begun
-    return replace(state, user=User.TALKING), actions
+    return state, actions
 
 
 def _voiced_again(state: DuplexState) -> Step:
@@ -325,7 +325,9 @@ def _rejected(state: DuplexState) -> Step:
         return replace(state, user=User.ENDED), [Do(Act.DROP_TURN)]
     if state.user not in _OPEN_TURN:
         return state, []
-    return _drop_turn(state)
+    state, stopped = _drop_draft(state)
+    state, dropped = _drop_turn(state)
+    return state, stopped + dropped
 
 
 def _drop_turn(state: DuplexState) -> Step:

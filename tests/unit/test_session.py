@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from src.audio.pcm import FRAME_SAMPLES
 from src.orchestrator.asr import AsrSettings
@@ -127,6 +130,11 @@ class Conversation:
 
     def verdicts(self) -> list[tuple[str, str]]:
         return [(event.verdict, event.reason) for event in self.seen(BargeIn)]
+
+    def last_answered(self) -> str:
+        """The question whose answer was heard to its end, if that was the last thing said."""
+        last = self.bridge.committed[-1:]
+        return last[0].user_text if last and last[0].completed else ""
 
     def verdict(self) -> tuple[str, str]:
         return self.verdicts()[-1] if self.verdicts() else ("", "")
@@ -725,3 +733,81 @@ def test_closing_while_it_opens() -> None:
         assert talk.observer.opened == 0
 
     play(scenario)
+
+
+# --- anything at any time ---
+
+_MOVES = st.one_of(
+    st.tuples(st.just("say"), st.sampled_from(["stop", "yeah", "what about it", "mm-hmm"])),
+    st.tuples(st.just("cough"), st.sampled_from(["40", "100", "300"])),
+    st.tuples(st.just("type"), st.just("typed words")),
+    st.tuples(st.just("speak"), st.just("Words to be spoken.")),
+    st.tuples(st.just("switch"), st.sampled_from(["a", "b"])),
+    st.tuples(st.just("break"), st.sampled_from(["bridge", "worker", "nothing"])),
+)
+
+
+def move(talk: Conversation, kind: str, what: str) -> None:
+    match kind:
+        case "say":
+            talk.user.say(what)
+        case "cough":
+            talk.user.cough(int(what))
+        case "type":
+            talk.session.on_text(what, speak=False)
+        case "speak":
+            talk.session.on_text(what, speak=True)
+        case "switch":
+            talk.session.on_model_switch(what, "")
+        case _:
+            talk.bridge.die_after_words = 2 if what == "bridge" else None
+            talk.speech.script.die_after_frames = 25 if what == "worker" else None
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    moves=st.lists(st.tuples(_MOVES, st.integers(0, 900)), max_size=12),
+    acks=st.booleans(),
+    speculative=st.booleans(),
+)
+def test_any_conversation_keeps_its_promises(
+    moves: list[tuple[tuple[str, str], int]], acks: bool, speculative: bool
+) -> None:
+    """The fakes refuse two utterances or two generations at once, unannounced frames, text after
+    the end, and voices used after they were given back; `run_virtual` refuses tasks left behind."""
+
+    async def scenario() -> None:
+        settings = DuplexSettings(speculative_llm=speculative)
+        async with Conversation(settings=settings, acks=acks) as talk:
+            talk.speech.open_ms = 30
+            for (kind, what), wait_ms in moves:
+                move(talk, kind, what)
+                await asyncio.sleep(wait_ms / 1000)
+            talk.bridge.die_after_words = talk.speech.script.die_after_frames = None
+            await talk.user.finished()
+            await asyncio.sleep(12)
+            assert talk.states()[-1] == "listening"
+            await talk.ask("still there")
+            await talk.until(lambda: talk.last_answered().endswith("still there"))
+        check_frames(talk, exactly_once=acks)
+        check_pauses(talk)
+
+    play(scenario)
+
+
+def check_frames(talk: Conversation, *, exactly_once: bool) -> None:
+    """What the ear got of an utterance is its beginning, in order, without a gap."""
+    heard: dict[str, list[int]] = {}
+    for frame in talk.client.played:
+        heard.setdefault(frame.utterance_id, []).append(frame.seq)
+    for seqs in heard.values():
+        assert sorted(set(seqs)) == list(range(len(set(seqs))))
+        if exactly_once:
+            assert seqs == sorted(set(seqs))
+
+
+def check_pauses(talk: Conversation) -> None:
+    for utterance in talk.speech.utterances:
+        orders = utterance.orders
+        assert orders.count(ControlAction.STOP) <= 1
+        assert ControlAction.STOP not in orders[:-1]
