@@ -107,6 +107,7 @@ class Talker:
     socket: aiohttp.ClientWebSocketResponse[Any]
     log: list[Event | Frame] = field(default_factory=list)
     played: dict[str, int] = field(default_factory=dict)
+    flushed_at: dict[str, int] = field(default_factory=dict)
     sample_rate: int = MIC_RATE
     _mic: deque[bytes] = field(default_factory=deque)
     _buffer: deque[Frame] = field(default_factory=deque)
@@ -212,6 +213,8 @@ class Talker:
 
     async def _acknowledge(self, utterance_id: str, *, flushed: bool = False) -> None:
         seq = self.played.get(utterance_id, -1)
+        if flushed:
+            self.flushed_at[utterance_id] = seq
         message = {"type": "playback", "utterance_id": utterance_id, "seq": seq, "flushed": flushed}
         await self.socket.send_json(message)
 
