@@ -37,7 +37,7 @@ class Announcer:
         self._now.set()
 
     async def run(self) -> None:
-        """Beat until cancelled, then take the record away. An empty URL announces nowhere."""
+        """Beat until cancelled, then say so and take the record away. Empty URL: nothing."""
         if not self._redis_url:
             log.info("announced nowhere: redis.url is empty")
             return
@@ -96,7 +96,10 @@ class Announcer:
         if not self._reachable:
             return
         try:
-            async with timeout(_ANSWER_S):
-                await redis.delete(self._describe().key)
+            record = self._describe()
+            async with timeout(_ANSWER_S), redis.pipeline(transaction=True) as pipe:
+                pipe.delete(record.key)
+                pipe.publish(CHANNEL, record.model_dump_json())
+                await pipe.execute()
         except _AWAY as error:
             log.warning("the record could not be deleted", extra={"why": type(error).__name__})
