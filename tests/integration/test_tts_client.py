@@ -541,3 +541,78 @@ async def test_load_and_unload() -> None:
             await made.router.unload("piper-joe")
         with pytest.raises(CorruptModel, match=r"model\.onnx"):
             await made.router.load("cosy-en")
+
+
+# --- the real worker ---
+
+
+async def test_a_real_worker_is_found_speaks_pauses_and_is_missed_when_it_dies(
+    redis_url: str, start_worker: Any
+) -> None:
+    registry = Registry(redis_url)
+    router = SpeechRouter(registry, RoutingPolicy())
+    watching = asyncio.create_task(registry.run())
+    try:
+        worker = await start_worker("--redis_url", redis_url)
+        await until(lambda: len(registry.view()) == 1)
+        session = await router.open(ask(language="en"))
+        assert session.info.worker == registry.view()[0].name
+
+        short = session.utterance("u1")
+        short.write("Good ")
+        short.write("morning.")
+        short.finish()
+        frames = await heard(short)
+        assert [frame.seq for frame in frames] == list(range(len(frames)))
+        assert {len(frame.pcm) for frame in frames} == {1920}
+        words = [word for frame in frames for word in frame.words]
+        assert ["Good morning."[word.char_start : word.char_end] for word in words] == [
+            "Good",
+            "morning.",
+        ]
+
+        long = session.utterance("u2")
+        long.write("This sentence goes on and on. " * 20)
+        stream = long.frames()
+        assert (await anext(stream)).seq == 0
+        last = await long.control(ControlAction.PAUSE)
+        assert await long.control(ControlAction.PAUSE) == last
+        await long.control(ControlAction.RESUME)
+        async with timeout(10):
+            after = [(await anext(stream)).seq for _ in range(last + 5)]
+        assert after == list(range(1, last + 6)), "nothing lost, nothing repeated"
+        worker.process.kill()
+        with pytest.raises(Unavailable):
+            async for _ in stream:
+                pass
+        with pytest.raises(Unavailable):
+            await router.open(ask("s2"))
+        await session.aclose()
+        await until(lambda: registry.view() == ())
+        assert registry.fleet.sessions() == []
+    finally:
+        await router.aclose()
+        await cancel_and_wait(watching)
+        await registry.aclose()
+
+
+async def test_a_session_is_free_for_the_next_utterance_once_one_is_closed(
+    redis_url: str, start_worker: Any
+) -> None:
+    registry = Registry(redis_url)
+    router = SpeechRouter(registry, RoutingPolicy())
+    watching = asyncio.create_task(registry.run())
+    try:
+        await start_worker("--redis_url", redis_url)
+        await until(lambda: len(registry.view()) == 1)
+        session = await router.open(ask())
+        for turn in range(20):
+            utterance = session.utterance(f"u{turn}")
+            utterance.write("This sentence goes on and on. " * 5)
+            frames = utterance.frames()
+            assert (await anext(frames)).utterance_id == f"u{turn}"
+            await utterance.aclose()
+    finally:
+        await router.aclose()
+        await cancel_and_wait(watching)
+        await registry.aclose()
