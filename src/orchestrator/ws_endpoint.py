@@ -9,9 +9,9 @@ import socket as sockets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from aiohttp import ClientConnectionResetError, WSCloseCode, WSMsgType, web
+from aiohttp import ClientConnectionResetError, WSCloseCode, WSMessage, WSMsgType, web
 
 from src.common.clock import Clock
 from src.common.logging import log_context
@@ -228,14 +228,7 @@ class Connection:
 
     async def _await_start(self) -> SessionStart | None:
         """The first message; None when the client left instead. Raises Refused."""
-        try:
-            async with timeout(self._limits.start_timeout_ms / 1000):
-                message = await self._socket.receive()
-        except asyncio.TimeoutError:
-            error = InvalidArgument(
-                f"no session.start within {self._limits.start_timeout_ms} ms of connecting"
-            )
-            raise Refused(error, fatal=True) from None
+        message = await self._first_message()
         now_ms = self._clock.now_ms()
         if message.type is WSMsgType.TEXT:
             event = self._inbound.text(message.data, now_ms)
@@ -244,6 +237,21 @@ class Connection:
         if message.type is WSMsgType.BINARY:
             self._inbound.binary(message.data, now_ms)
         return None
+
+    async def _first_message(self) -> WSMessage:
+        """Raises Refused when it does not come in time, or the server goes down first."""
+        limit_ms = self._limits.start_timeout_ms
+        receive = asyncio.ensure_future(self._socket.receive())
+        parts: list[asyncio.Future[Any]] = [receive, self._told]
+        try:
+            await asyncio.wait(parts, timeout=limit_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
+            if receive.done():
+                return receive.result()
+        finally:
+            receive.cancel()
+        late = InvalidArgument(f"no session.start within {limit_ms} ms of connecting")
+        told = self._told.result().error if self._told.done() else None
+        raise Refused(told or late, fatal=True)
 
     async def _converse(self, session: Session) -> None:
         log.info("session begins")
