@@ -276,33 +276,40 @@ class FakeUtterance:
 
     async def aclose(self) -> None:
         self.closed = True
+        self._worker.end(self)
 
     async def frames(self) -> AsyncIterator[SpeechFrame]:
         self._worker.begin(self)
         try:
-            loop = asyncio.get_running_loop()
-            start_s: float | None = None
-            async for frame in self._synthesise():
-                if start_s is None:
-                    await asyncio.sleep(self._script.first_audio_ms / 1000)
-                    start_s = loop.time()
-                ahead_s = (frame.seq * FRAME_MS - self._script.lead_ms) / 1000
-                if (wait_s := start_s + ahead_s - loop.time()) > 0:
-                    await asyncio.sleep(wait_s)
-                if self._paused:
-                    since_s = loop.time()
-                    while self._paused:
-                        await self._wait()
-                    start_s += loop.time() - since_s
-                if self.stopped:
-                    return
-                if len(self._worker.emitted) == self._script.die_after_frames:
-                    raise self._worker.death
-                self.emitted.append(frame)
-                self._worker.emitted.append(frame)
+            async for frame in self._paced():
                 yield frame
-        finally:
+        except DuplexError:
             self._worker.end(self)
+            raise
+        self._worker.end(self)
+
+    async def _paced(self) -> AsyncIterator[SpeechFrame]:
+        loop = asyncio.get_running_loop()
+        start_s: float | None = None
+        async for frame in self._synthesise():
+            if start_s is None:
+                await asyncio.sleep(self._script.first_audio_ms / 1000)
+                start_s = loop.time()
+            ahead_s = (frame.seq * FRAME_MS - self._script.lead_ms) / 1000
+            if (wait_s := start_s + ahead_s - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
+            if self._paused:
+                since_s = loop.time()
+                while self._paused:
+                    await self._wait()
+                start_s += loop.time() - since_s
+            if self.stopped:
+                return
+            if len(self._worker.emitted) == self._script.die_after_frames:
+                raise self._worker.death
+            self.emitted.append(frame)
+            self._worker.emitted.append(frame)
+            yield frame
 
     async def _synthesise(self) -> AsyncIterator[SpeechFrame]:
         place = number = 0

@@ -57,6 +57,7 @@ class Conversation:
         answer: Callable[[str], str] = lambda _: ANSWER,
         acks: bool = True,
         partials: bool = True,
+        partial_interval_ms: int = 400,
     ) -> None:
         self.clock = LoopClock()
         self.user = User()
@@ -71,7 +72,7 @@ class Conversation:
             speech=self.speech,
             request=VoiceRequest("s1"),
             recognizer=self.recognizer,
-            asr=AsrSettings(partials=partials),
+            asr=AsrSettings(partials=partials, partial_interval_ms=partial_interval_ms),
             bridge=self.bridge,
             vad=make_vad(),
             settings=settings or DuplexSettings(),
@@ -482,7 +483,7 @@ def test_a_client_that_acknowledges_nothing_is_kept_in_bounds() -> None:
 
 def test_the_verdict_falls_when_the_microphone_falls_silent() -> None:
     async def scenario() -> None:
-        async with Conversation() as talk:
+        async with Conversation(acks=False) as talk:
             await talk.ask()
             await talk.speaking(played_frames=20)
             talk.user.cough(40)
@@ -490,7 +491,47 @@ def test_the_verdict_falls_when_the_microphone_falls_silent() -> None:
             talk.user.muted = True
             await talk.listening()
             assert talk.verdicts() == [("pending", ""), ("false", "short")]
-            assert talk.client.heard_audio("u1") == spoken(100)
+            assert talk.seen(Heard)[0].completed
+
+    play(scenario)
+
+
+def test_a_word_after_a_back_channel_is_waited_for() -> None:
+    async def scenario() -> None:
+        async with Conversation(partial_interval_ms=250) as talk:
+            await talk.ask()
+            await talk.speaking(played_frames=35)
+            talk.user.say("yeah", word_ms=240)
+            talk.user.say("stop", word_ms=120)
+            await talk.until(lambda: talk.verdict()[0] in ("real", "false"))
+            assert talk.verdict() == ("real", "stop_word")
+
+    play(scenario)
+
+
+def test_no_frame_leaves_further_ahead_than_allowed() -> None:
+    async def scenario() -> None:
+        async with Conversation(script=WorkerScript(lead_ms=5000)) as talk:
+            await talk.ask()
+            await talk.speaking()
+            await talk.listening()
+            first, *rest = talk.client.sent
+            assert len(rest) == 99
+            for sent in rest:
+                due_ms = first.at_ms + 20 * sent.frame.seq
+                assert due_ms - 160.001 <= sent.at_ms <= due_ms
+            assert max(talk.observer.late_ms) < 1
+
+    play(scenario)
+
+
+def test_closing_does_not_wait_for_a_slow_recogniser() -> None:
+    async def scenario() -> None:
+        async with Conversation() as talk:
+            talk.recognizer.compute_ms = 300_000
+            await talk.ask()
+            await asyncio.sleep(1)
+        assert talk.clock.now_ms() < 5_000
 
     play(scenario)
 
@@ -537,6 +578,18 @@ def test_typed_text_interrupts() -> None:
             assert not first.completed
             assert first.heard_text.split() == ANSWER.split()[: len(first.heard_text.split())]
             assert (second.user_text, second.completed) == ("something else", True)
+
+    play(scenario)
+
+
+def test_a_new_answer_waits_for_the_old_one_to_let_go() -> None:
+    async def scenario() -> None:
+        async with Conversation(script=WorkerScript(control_ms=300)) as talk:
+            talk.bridge.first_token_ms = 0
+            await talk.ask()
+            await talk.speaking(played_frames=35)
+            talk.session.on_text("something else", speak=False)
+            await talk.until(lambda: talk.last_answered() == "something else")
 
     play(scenario)
 
