@@ -103,6 +103,7 @@ class Orchestrator:
                 log.info("draining", extra={"sessions": endpoint.live})
                 await site.stop()
                 await endpoint.drain(self._config.server.drain_ms)
+                await self._hosts.aclose()
                 for task in background:
                     task.cancel()
         if self._failure is not None:
@@ -192,7 +193,8 @@ class Orchestrator:
         except (NotFound, Unavailable) as error:
             log.warning("no recogniser: speech is noticed, not understood: %s", error)
             recognizer, self._recogniser_note = DeafRecognizer(), f"none: {error}"
-        except DuplexError as error:
+        except (DuplexError, ValueError, RuntimeError, OSError) as error:
+            # The engines raise the last three for a device or compute type that is not there.
             self._give_up(CannotStart(f"asr: {error}"))
             return
         else:

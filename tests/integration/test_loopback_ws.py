@@ -118,6 +118,47 @@ async def test_a_spoken_question_is_understood_and_answered_aloud(
     assert await running.metric("duplex_turns_total") == turns + 1
 
 
+async def test_a_language_model_host_that_connects_in_is_spoken_and_told_what_was_heard(
+    running: Installation,
+) -> None:
+    async with aiohttp.ClientSession() as http, http.ws_connect(f"{running.url}/v1/llm") as host:
+        await host.send_json({"type": "hello", "name": "scripted"})
+        assert (await host.receive_json(timeout=10))["type"] == "welcome"
+        async with talker(running) as client:
+            assert client.events("session.started")[0]["llm"] == "host"
+            await client.say("Who are you?", speak=False)
+            turn = await host.receive_json(timeout=10)
+            assert (turn["type"], turn["text"]) == ("turn", "Who are you?")
+            reply = {key: turn[key] for key in ("session_id", "turn_id")}
+            await host.send_json({"type": "reply", **reply, "text": "I am a script. "})
+            await client.until(lambda: client.frames(), "audio before the text has ended")
+            await host.send_json({"type": "reply", **reply, "text": "Bye.", "is_final": True})
+            assert (await client.until_event("heard"))["heard"] == "I am a script. Bye."
+            cut = await host.receive_json(timeout=10)
+            assert (cut["type"], cut["completed"]) == ("cut", True)
+            assert cut["heard_text"] == "I am a script. Bye."
+        assert (await host.receive_json(timeout=10))["type"] == "closed"
+
+
+async def test_a_client_that_vanishes_in_mid_word_leaves_nothing_behind(
+    running: Installation,
+) -> None:
+    async with talker(running) as client:
+        await client.say(SENTENCE)
+        await client.until(lambda: len(client.frames()) > 10, "the sentence to be under way")
+        response = client.socket._response
+        assert response.connection is not None
+        assert response.connection.transport is not None
+        response.connection.transport.abort()
+    for _ in range(100):
+        if await running.metric("duplex_sessions") == 0:
+            break
+        await asyncio.sleep(0.05)
+    assert await running.metric("duplex_sessions") == 0
+    assert await running.metric("duplex_frames_kept") == 0
+    assert await running.metric('duplex_sessions_ended_total{reason="client_gone"}') >= 1
+
+
 async def test_sessions_do_not_hear_each_other(running: Installation) -> None:
     async with talker(running) as one, talker(running) as other:
         await asyncio.gather(one.say("One two three four five six."), other.say("Yes."))
