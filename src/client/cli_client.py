@@ -240,6 +240,7 @@ class Conversation:
     async def _obey(self, client: VoiceClient, keys: asyncio.Queue[str]) -> None:
         """Keys as they are pressed, or whole lines from a pipe. "" is the end of the pipe."""
         editor = LineEditor()
+        await client.started.wait()
         while chunk := await keys.get():
             for line in editor.feed(chunk):
                 if not self._stop.is_set():

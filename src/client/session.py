@@ -34,6 +34,7 @@ from src.rpc.ws_events import (
     SessionEnd,
     SessionEnded,
     SessionStart,
+    SessionStarted,
     TextInput,
     parse_server,
 )
@@ -88,6 +89,8 @@ class VoiceClient:
         self._clock = clock
         self._origin_ms = clock.now_ms()
         self.player = Player()
+        self.started = asyncio.Event()
+        """The server is ready: text sent before is refused, sound is kept."""
         self.ended: SessionEnded | None = None
         self.close_code: int | None = None
         self.closed = asyncio.Event()
@@ -144,7 +147,9 @@ class VoiceClient:
         self.player.push(from_bytes(pcm))
 
     async def _obey(self, event: ServerEvent) -> None:
-        if isinstance(event, AudioBegin):
+        if isinstance(event, SessionStarted):
+            self.started.set()
+        elif isinstance(event, AudioBegin):
             self.player.begin(event.utterance_id, event.seq)
         elif isinstance(event, AudioEnd):
             self.player.end()
