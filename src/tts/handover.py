@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,9 @@ from src.tts.playout import Frame, Overflow, Playout
 from src.tts.tts_base import CancelToken, Segment, WordMark
 
 FEED_SEGMENTS = 32
+# The stream waits for this frame, and would else wait for the interpreter lock as well, which a
+# thread that goes on computing keeps for up to 5 ms.
+_LET_THE_LOOP_S = 0.000_5
 
 
 class ComputeTurn:
@@ -155,6 +159,7 @@ class FrameQueue:
                 self._playout.push(frame)
             if was_empty:
                 self._wake_loop()
+                time.sleep(_LET_THE_LOOP_S)
         return True
 
     def finish(self, words: tuple[WordMark, ...] = (), error: BaseException | None = None) -> None:
