@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, SecretStr, field_validator
@@ -22,6 +22,30 @@ OPENING = "(The assistant speaks first.)"
 _ENV = {"LLM_BASE_URL": "base_url", "LLM_MODEL": "model", "LLM_API_KEY": "api_key"}
 
 
+class Exchange(StrictModel):
+    """One question and its answer."""
+
+    user: str
+    assistant: str
+
+
+EXAMPLES = (
+    Exchange(
+        user="Hello, who are you?",
+        assistant="I am a voice assistant, and I am happy to help you.",
+    ),
+    Exchange(
+        user="Tell me about the sea.",
+        assistant="The sea is a large body of salt water. It covers most of the earth, and many "
+        "animals live in it.",
+    ),
+    Exchange(
+        user="How many months are there in a year?",
+        assistant="There are twelve months in a year.",
+    ),
+)
+
+
 class LlmSettings(StrictModel):
     """The language model behind the agent. LLM_BASE_URL, LLM_MODEL and LLM_API_KEY win."""
 
@@ -33,10 +57,14 @@ class LlmSettings(StrictModel):
     model: str = Field("default", description="as the endpoint names it")
     api_key: SecretStr = SecretStr("")
     system_prompt: str = (
-        "You are a friendly voice assistant in a spoken conversation. "
-        "Answer in one or two short sentences, in plain words, without lists or markup."
+        "You are a helpful voice assistant. You always answer in English, in two short sentences."
     )
-    temperature: float = Field(0.3, ge=0.0, le=2.0)
+    examples: list[Exchange] = Field(
+        default=list(EXAMPLES),
+        description="exchanges put before the conversation: a small model copies their manner, and "
+        "without them it wanders into French or lists; empty for a large one",
+    )
+    temperature: float = Field(0.2, ge=0.0, le=2.0)
     max_tokens: int = Field(120, ge=1, description="the longest reply the endpoint may write")
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repeat_penalty: float | None = Field(
@@ -74,6 +102,10 @@ class LlmSettings(StrictModel):
         return parse_config({**self.model_dump(), **found}, LlmSettings, where="LLM settings")
 
 
+def _messages(user: str, assistant: str) -> list[Message]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
 class Conversation:
     """What was said, as the model will read it: whole turns of the user, heard words of the agent.
 
@@ -81,10 +113,18 @@ class Conversation:
     long the older *half* goes at once: sliding by one exchange would miss the cache on every turn.
     """
 
-    def __init__(self, system_prompt: str, max_turns: int = 12, max_chars: int = 8_000) -> None:
-        self._system: list[Message] = (
+    def __init__(
+        self,
+        system_prompt: str,
+        max_turns: int = 12,
+        max_chars: int = 8_000,
+        examples: Sequence[Exchange] = (),
+    ) -> None:
+        self._opening: list[Message] = (
             [{"role": "system", "content": system_prompt}] if system_prompt else []
         )
+        for example in examples:
+            self._opening += _messages(example.user, example.assistant)
         self._max_turns = max_turns
         self._max_chars = max_chars
         self._turns: list[tuple[str, str]] = []
@@ -93,10 +133,9 @@ class Conversation:
 
     def prompt(self, user_text: str) -> list[Message]:
         """Messages for the reply to `user_text`, roles strictly alternating after the system's."""
-        messages = list(self._system)
+        messages = list(self._opening)
         for user, assistant in self._turns:
-            messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": assistant})
+            messages += _messages(user, assistant)
         messages.append({"role": "user", "content": "\n".join((*self._unanswered, user_text))})
         return messages
 

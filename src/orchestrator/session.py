@@ -202,10 +202,11 @@ class DuplexSession:
     # --- MicSink ---
 
     def on_mic(self, samples: Int16) -> None:
-        if not self._open:
-            return
         for samples_10ms in self._steps.push(samples):
-            self._hear(samples_10ms)
+            # Audio time counts from the client's first sample, so that both ends mean the same.
+            self._announce.tick()
+            if self._open:
+                self._hear(samples_10ms)
 
     def on_playback(self, utterance_id: str, seq: int, *, flushed: bool) -> None:
         if self._reply is not None:
@@ -243,7 +244,6 @@ class DuplexSession:
     # --- listening ---
 
     def _hear(self, samples: Int16) -> None:
-        self._announce.tick()
         state, listener, reply = self._state, self._listener, self._reply
         playing = bool(state.gate)
         level = reply.playback_dbfs if playing and reply is not None else -120.0

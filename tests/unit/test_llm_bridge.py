@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from src.common.config import ConfigError
 from src.common.tasks import timeout
 from src.orchestrator.llm_bridge import EchoBridge, LlmSettings, make_bridge
-from src.orchestrator.llm_context import Conversation, SentenceStop
+from src.orchestrator.llm_context import Conversation, Exchange, SentenceStop
 from src.orchestrator.llm_host import HostHub
 from src.orchestrator.llm_openai import OpenAIBridge, SseParser, read_delta
 from src.orchestrator.ports import BridgeSession
@@ -260,8 +260,16 @@ class TestFailing:
 
 
 class TestContext:
+    async def test_examples_stand_before_the_conversation(self, rig: Rig) -> None:
+        example = Exchange(user="Hi?", assistant="Hello.")
+        session = await rig.session(system_prompt="S", examples=[example])
+        await all_of(session.respond("t1", "First?"))
+        messages = rig.llm.requests[0]["messages"]
+        assert [m["content"] for m in messages] == ["S", "Hi?", "Hello.", "First?"]
+        assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+
     async def test_only_commit_changes_the_conversation(self, rig: Rig) -> None:
-        session = await rig.session(system_prompt="S")
+        session = await rig.session(system_prompt="S", examples=[])
         await all_of(session.respond("t1", "First?", speculative=True))
         await all_of(session.respond("t1", "First, really?"))
         assert [m["content"] for m in rig.llm.requests[1]["messages"]] == ["S", "First, really?"]

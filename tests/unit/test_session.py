@@ -864,3 +864,13 @@ def check_pauses(talk: Conversation) -> None:
         orders = utterance.orders
         assert orders.count(ControlAction.STOP) <= 1
         assert ControlAction.STOP not in orders[:-1]
+
+
+def test_audio_time_counts_from_the_first_sample_also_while_the_voice_is_being_opened() -> None:
+    async def scenario() -> None:
+        talk = Conversation()
+        talk.session.on_mic(np.zeros(1600, dtype=np.int16))
+        async with talk:
+            assert talk.seen(State)[0].at_ms >= 100
+
+    play(scenario)
