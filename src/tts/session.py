@@ -42,6 +42,7 @@ class Session:
         self.frames = 0
         self._stage = stage
         self._closed = False
+        self._abandoned = False
         # The calls under way: one that speaks, and for a moment the one before it.
         self._calls: dict[Utterance, asyncio.Task[object] | None] = {}
         self._idle = asyncio.Event()
@@ -66,7 +67,7 @@ class Session:
     ) -> None:
         """One utterance, to its end marker. Raises DuplexError."""
         if self._closed:
-            raise NotFound(f"session {self.session_id!r} has ended; start a new one")
+            raise self._gone()
         if self.current is not None:
             raise FailedPrecondition(
                 f"session {self.session_id!r} is speaking {self.current.utterance_id!r}; "
@@ -79,6 +80,10 @@ class Session:
         self._apply_early(utterance)
         try:
             await utterance.run(self._touching(chunks), self._counting(write))
+        except asyncio.CancelledError:
+            if self._abandoned:
+                raise self._gone() from None
+            raise
         finally:
             self._part_with(utterance)
 
@@ -170,11 +175,14 @@ class Session:
         await self.lease.release()
 
     def abandon(self) -> None:
-        """The client is gone: end its calls without a word."""
-        self._closed = True
+        """The client is gone, or reads nothing: end its calls with an error."""
+        self._closed = self._abandoned = True
         for call in self._calls.values():
             if call is not None:
                 call.cancel()
+
+    def _gone(self) -> NotFound:
+        return NotFound(f"session {self.session_id!r} has ended; start a new one")
 
     async def until_idle(self) -> None:
         await self._idle.wait()

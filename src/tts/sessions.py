@@ -93,9 +93,11 @@ class Sessions:
             _, late = await asyncio.wait(speaking, timeout=timeout_ms / 1000.0)
             for wait in late:
                 wait.cancel()
+        left = list(self._sessions.values())
+        self._sessions.clear()
         async with TaskGroup() as group:
-            for session_id in list(self._sessions):
-                group.create_task(self.end(session_id), name=f"end {session_id}")
+            for session in left:
+                group.create_task(session.close(), name=f"close {session.session_id}")
 
     def _admit(self, session_id: str) -> None:
         if self.draining:

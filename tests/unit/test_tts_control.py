@@ -266,6 +266,36 @@ async def test_an_expired_lease_ends_the_session(worker: ToneWorker) -> None:
     assert worker.manager.list_resident()[0].refcount == 0
 
 
+async def test_a_lease_that_runs_out_in_mid_word_ends_the_call(worker: ToneWorker) -> None:
+    call = worker.speak(LONG)
+    await call.take(5)
+    await worker.control(pb.PAUSE)
+    worker.manager.expire_leases(worker.lease_clock.advance(61_000))
+    assert isinstance(await refusal(call.rest()), errors.NotFound)
+    await worker.quiet()
+
+
+async def test_a_client_that_reads_nothing_does_not_hold_the_session() -> None:
+    flood = PlayoutPolicy(queue_ms=400, burst_ms=600_000, lead_ms=600_000)
+    async with tone_worker(policy=flood) as worker:
+        await worker.start()
+        call = worker.speak("word " * 6_000)
+        await call.next()
+        await _until(lambda: _stalled(worker))
+        await worker.stub.EndSession(pb.EndSessionReq(session_id="s1"))
+        await worker.quiet()
+        await worker.start()
+        assert (await worker.speak("again").rest())[-1].seq == FRAMES_PER_WORD
+        assert isinstance(await refusal(call.rest()), errors.NotFound)
+
+
+async def _stalled(worker: ToneWorker) -> bool:
+    """gRPC takes no more frames."""
+    before = (await worker.control(pb.RESUME)).last_seq
+    await asyncio.sleep(0.2)
+    return (await worker.control(pb.RESUME)).last_seq == before
+
+
 async def test_speaking_keeps_the_lease_alive(worker: ToneWorker) -> None:
     worker.lease_clock.advance(59_000)
     await worker.speak("one").rest()
@@ -512,7 +542,10 @@ async def test_capabilities_are_complete(worker: ToneWorker) -> None:
 
 async def _until(condition: Any) -> None:
     for _ in range(2_000):
-        if condition():
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it never came to that")
