@@ -1,5 +1,8 @@
 set shell := ["bash", "-eu", "-o", "pipefail", "-c"]
 
+# Inside `uv run just …` the environment is there already, with the groups that the caller chose.
+export UV_NO_SYNC := if env("UV_RUN_RECURSION_DEPTH", "0") == "0" { "0" } else { "1" }
+
 # Show what there is.
 default:
     @just --list --unsorted
@@ -39,11 +42,11 @@ ci: lint typecheck test
 
 # The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
 test-worker PYTHON="3.10":
-    UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice
 
 # The whole suite on another Python.
 test-python PYTHON:
-    UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest
 
 # Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
 bench *ARGS:

@@ -51,6 +51,13 @@ class Actor:
         self._agent.append(samples)
 
     @property
+    def stage(self) -> VoiceClient:
+        """The session. Raises RuntimeError before the microphone is open."""
+        if self.client is None:
+            raise RuntimeError("the actor is not on stage")
+        return self.client
+
+    @property
     def now_ms(self) -> float:
         return self.client.now_ms() if self.client else 0.0
 
@@ -61,9 +68,10 @@ class Actor:
         self.client = client
         sent = 0
         while not client.closed.is_set():
+            # A microphone has a frame when its last sample is there, not before.
+            sent += 1
             await asyncio.sleep(max(0.0, sent * MIC_FRAME_MS - client.now_ms()) / 1000)
             frame = self._next_frame()
-            sent += 1
             self._mic.append(frame)
             await client.send_mic(frame.tobytes())
 

@@ -17,12 +17,30 @@ STORY = "Tell me a short story about a lighthouse keeper."
 INTERRUPTION = "Wait, stop. How many days are there in a week?"
 LAST = "Thank you. What color is the sky?"
 LINES = (QUESTION, STORY, INTERRUPTION, LAST)
-OTHER_VOICE = "espeak-en"
+
+# Without a recogniser there is nobody to tell a story, so the agent is given one to read. Each line
+# is said in one breath, because a pause would be the end of a turn that no word can rejoin.
+ONE_BREATH = "Please wait a moment and tell me how many days are in a week."
+LAST_BREATH = "What color is the sky?"
+MONOLOGUE = (
+    "There is no recogniser on this machine, so I read you a story instead. Once there was a "
+    "lighthouse keeper who counted every ship that passed his rock, and he wrote their names into a "
+    "large blue book."
+)
+UNHEARD_LINES = (QUESTION, STORY, ONE_BREATH, LAST_BREATH)
 
 # Long enough for the endpoint of one turn to be over before the next begins.
 BREATH_S = 0.7
 INTO_THE_STORY_S = 1.6
 AFTER_THE_COUGH_S = 2.2
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model and one of its voices."""
+
+    model: str
+    voice: str = ""
 
 
 @dataclass
@@ -35,12 +53,19 @@ class Happened:
     spoke_after_switch: str = ""
 
 
-async def play(actor: Actor, clips: dict[str, Int16], other_voice: str) -> Happened:
+async def play(
+    actor: Actor, clips: dict[str, Int16], other: Speaker, *, understood: bool
+) -> Happened:
+    """`clips` has LINES, or UNHEARD_LINES when nobody will understand them."""
+    question, story, interruption, last = LINES if understood else UNHEARD_LINES
     happened = Happened()
     await asyncio.sleep(BREATH_S)
-    await ask(actor, clips, QUESTION)
-    await interrupted_story(actor, clips, happened)
-    await other_speaker(actor, clips, other_voice, happened)
+    await ask(actor, clips, question)
+    if not understood:
+        await ask(actor, clips, story)
+    began = await (tell_me(actor, clips, story) if understood else read_it(actor))
+    await interrupt(actor, clips, interruption, began, happened)
+    await change_speaker(actor, clips, last, other, happened)
     await asyncio.sleep(BREATH_S)
     return happened
 
@@ -55,9 +80,22 @@ async def ask(actor: Actor, clips: dict[str, Int16], line: str) -> str:
     return reply.utterance_id
 
 
-async def interrupted_story(actor: Actor, clips: dict[str, Int16], happened: Happened) -> None:
+async def tell_me(actor: Actor, clips: dict[str, Int16], line: str) -> float:
     began = actor.now_ms
-    await actor.say(clips[STORY], STORY)
+    await actor.say(clips[line], line)
+    return began
+
+
+async def read_it(actor: Actor) -> float:
+    began = actor.now_ms
+    await actor.stage.send_text(MONOLOGUE, speak=True)
+    return began
+
+
+async def interrupt(
+    actor: Actor, clips: dict[str, Int16], line: str, began: float, happened: Happened
+) -> None:
+    """A cough into the reply that began at `began`, and then a real interruption."""
     story = await actor.reply_begins(began)
     await asyncio.sleep(INTO_THE_STORY_S)
 
@@ -68,7 +106,7 @@ async def interrupted_story(actor: Actor, clips: dict[str, Int16], happened: Hap
     await asyncio.sleep(AFTER_THE_COUGH_S)
 
     began = actor.now_ms
-    await actor.say(clips[INTERRUPTION], INTERRUPTION)
+    await actor.say(clips[line], line)
     await _verdict(actor, "real", began)
     happened.interrupted_utterance = story.utterance_id
     reply = await actor.until(
@@ -78,18 +116,17 @@ async def interrupted_story(actor: Actor, clips: dict[str, Int16], happened: Hap
     await asyncio.sleep(BREATH_S)
 
 
-async def other_speaker(
-    actor: Actor, clips: dict[str, Int16], voice: str, happened: Happened
+async def change_speaker(
+    actor: Actor, clips: dict[str, Int16], line: str, other: Speaker, happened: Happened
 ) -> None:
     began = actor.now_ms
-    assert actor.client is not None  # noqa: S101  (on stage)
-    await actor.client.switch_model(voice)
+    await actor.stage.switch_model(other.model, other.voice)
     ready = await actor.until(
         ModelStatus, lambda event: event.state != "loading", began, "the other voice"
     )
     if ready.state == "ready":
-        happened.switched_to = ready.model
-    happened.spoke_after_switch = await ask(actor, clips, LAST)
+        happened.switched_to = f"{ready.model} {ready.voice}".strip()
+    happened.spoke_after_switch = await ask(actor, clips, line)
 
 
 async def _verdict(actor: Actor, verdict: str, since_ms: float) -> BargeIn:

@@ -87,7 +87,7 @@ def _interrupted(recording: Recording, happened: Happened) -> Check:
     return Check("the interruption cut the story at the heard word", False, "no such reply")
 
 
-def turn_table(recording: Recording) -> Table:
+def turn_table(recording: Recording, *, understands: bool) -> Table:
     """One row per spoken turn."""
     table = Table(title="Turns", title_justify="left", header_style="bold")
     for column in ("said", "recognised", "errors"):
@@ -99,7 +99,7 @@ def turn_table(recording: Recording) -> Table:
     for line, final in zip_longest(lines, finals[: len(lines)]):
         got = final.text if final else "—"
         found = word_errors(line, got)
-        row = [line, got, f"{found.errors}/{found.words}"]
+        row = [line, got, f"{found.errors}/{found.words}" if understands else "—"]
         one = recording.latency_of(final.turn_id) if final else None
         if one is not None:
             row += [str(one.transcript_ms), str(one.first_token_ms), str(one.first_audio_ms)]

