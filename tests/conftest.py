@@ -25,7 +25,7 @@ def _is_worker_slice(path: Path) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "worker_slice: needs nothing beyond the worker; set for test files by what they name"
+        "markers", "worker_slice: needs only the worker; set for a test file by what it names"
     )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from src.common.tasks import timeout
 
 TAIL_LINES = 12
-STOP_GRACE_S = 8.0
+# Longer than a worker drains (src/tts/worker.py).
+STOP_GRACE_S = 10.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
 

@@ -12,20 +12,19 @@ from src.demo.actor import Actor
 from src.demo.user_voice import cough
 from src.rpc.ws_events import AudioBegin, BargeIn, ModelStatus
 
-QUESTION = "What is the capital of France?"
-STORY = "Tell me a short story about a lighthouse keeper."
-INTERRUPTION = "Wait, stop. How many days are there in a week?"
+QUESTION = "How many days are there in a week?"
+STORY = "Tell me a story about a farmer and his horse."
+INTERRUPTION = "Wait, stop. What is the capital of France?"
 LAST = "Thank you. What color is the sky?"
 LINES = (QUESTION, STORY, INTERRUPTION, LAST)
 
 # Without a recogniser there is nobody to tell a story, so the agent is given one to read. Each line
 # is said in one breath, because a pause would be the end of a turn that no word can rejoin.
-ONE_BREATH = "Please wait a moment and tell me how many days are in a week."
+ONE_BREATH = "Please wait a moment and tell me the capital of France."
 LAST_BREATH = "What color is the sky?"
 MONOLOGUE = (
     "There is no recogniser on this machine, so I read you a story instead. Once there was a "
-    "lighthouse keeper who counted every ship that passed his rock, and he wrote their names into a "
-    "large blue book."
+    "farmer who counted every cloud that passed his field, and his horse walked on while he looked up."
 )
 UNHEARD_LINES = (QUESTION, STORY, ONE_BREATH, LAST_BREATH)
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from src.audio.pcm import FRAME_MS
 from src.common.clock import Clock
 from src.common.timers import Alarm
-from src.tts.adapters.run_gate import Deadline, RunGate
 from src.tts.playout import Frame, Overflow, Playout
+from src.tts.run_gate import Deadline, RunGate
 from src.tts.tts_base import CancelToken, Segment, WordMark
 
 FEED_SEGMENTS = 32

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from src.common.tasks import timeout
 from src.rpc.errors import Exhausted
-from src.tts.adapters.run_gate import RunGate
+from src.tts.run_gate import RunGate
 
 MAX_WAITING = 16
 MAX_WAIT_MS = 5_000

@@ -12,9 +12,9 @@ from src.audio.loudness import Loudness
 from src.common.clock import Clock
 from src.rpc.errors import DuplexError, Internal
 from src.rpc.generated import tts_pb2 as pb
-from src.tts.adapters.run_gate import RunGate
 from src.tts.handover import ComputeTurn, FrameQueue, SegmentFeed
 from src.tts.render import Renderer
+from src.tts.run_gate import RunGate
 from src.tts.tts_base import CancelToken, Model, PcmChunk, VoiceSpec, WordMark
 
 log = logging.getLogger(__name__)

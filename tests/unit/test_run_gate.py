@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 
-from src.tts.adapters.run_gate import Deadline, RunGate
+from src.tts.run_gate import Deadline, RunGate
 from src.tts.tts_base import CancelToken
 
 
