@@ -273,8 +273,11 @@ def _with_voice(pairs: Sequence[_Pair], request: VoiceRequest) -> Sequence[_Pair
     if not request.voice:
         return pairs
     able = [pair for pair in pairs if request.voice in pair.model.voices]
-    # A model that lists no voices may know the one asked for: its worker will say.
-    able = able or [pair for pair in pairs if not pair.model.voices]
+    # A model that lists no voices may know the one asked for, and its worker will say; but none is
+    # loaded on that chance unless it was named.
+    able = able or [
+        pair for pair in pairs if not pair.model.voices and (pair.resident or request.model)
+    ]
     if not able:
         known = {voice for pair in pairs for voice in pair.model.voices}
         raise UnknownName.among("voice", request.voice, known)

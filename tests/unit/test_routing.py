@@ -291,6 +291,13 @@ def test_a_voice_nobody_lists_goes_to_a_model_that_lists_none() -> None:
     assert chosen(views, ask(voice="en-us+f2")) == "e/espeak-any"
 
 
+def test_no_model_is_loaded_on_the_chance_that_it_knows_an_unknown_voice() -> None:
+    views = [worker("p", PIPER, ESPEAK, resident=["piper-joe"])]
+    with pytest.raises(UnknownName, match="unknown voice 'joo'; did you mean 'joe'"):
+        decide(ask(voice="joo"), views, policy(), NOW)
+    assert chosen(views, ask(model="espeak-any", voice="en-us+f2")) == "p/espeak-any"
+
+
 # --- errors ---
 
 
