@@ -116,9 +116,10 @@ class Microphone:
         random = np.random.default_rng(seed)
         self._noise = np.rint(random.standard_normal((199, self._size)) * level).astype(np.int16)
         self._saying: Spoken | None = None
+        self._began_ms = 0.0
 
     async def run(self, client: VoiceClient) -> None:
-        began_ms = now_ms()
+        began_ms = self._began_ms = now_ms()
         while not client.closed.is_set():
             due_ms = began_ms + (len(self.handed) + 1) * self.frame_ms
             await asyncio.sleep(max(0.0, due_ms - now_ms()) / 1000)
@@ -143,6 +144,14 @@ class Microphone:
         spoken = self._saying = Spoken.of(clip)
         await spoken.done.wait()
         return spoken
+
+    def late_ms(self, since_ms: float, until_ms: float) -> list[float]:
+        """How late its frames were: what this machine's load did to the caller itself."""
+        return [
+            at_ms - self._began_ms - (index + 1) * self.frame_ms
+            for index, at_ms in enumerate(self.handed)
+            if since_ms <= at_ms < until_ms
+        ]
 
     def handed_ms(self, audio_ms: float) -> float:
         """When the sample at this audio time (the end of a detector's step) was handed over."""

@@ -14,14 +14,16 @@ from typing import Any
 from benchmarks.clips import questions, save
 from benchmarks.crowd import Phases
 from benchmarks.figures import Aim, Result, Row, Spread, table
-from benchmarks.machine import now_ms
+from benchmarks.machine import Meter, now_ms
 from benchmarks.stacks import Bench, Lab, scripted_stack
 from src.common.processes import Child, ProcessFailed
 
 PER_PROCESS = 50
+PHASES = ("quiet", "speaking", "talking")
 QUIET_S, STEADY_S = 4.0, 10.0
 TALK_S = {1: 90.0}
 TALK_MANY_S = 40.0
+CALLERS = "the callers"
 OURS = ("orchestrator", "worker")
 
 Told = list[dict[str, Any]]
@@ -36,7 +38,7 @@ async def measure(bench: Bench, sessions: int) -> Result:
         phases = _phases(bench, sessions)
         crowd = await _start_crowd(bench, lab, name, sessions, phases)
         try:
-            used = await _watch(bench, lab, phases)
+            used = await _watch(bench, lab, Meter(crowd), phases)
             for child in crowd.values():
                 if await child.wait():
                     raise ProcessFailed(f"{child.name} failed; see {child.log}")
@@ -84,7 +86,9 @@ def _read(bench: Bench, name: str, file: str) -> str:
     return (bench.logs / name / f"{file}.json").read_text(encoding="utf-8")
 
 
-async def _watch(bench: Bench, lab: Lab, phases: Phases) -> dict[str, dict[str, float]]:
+async def _watch(
+    bench: Bench, lab: Lab, callers: Meter, phases: Phases
+) -> dict[str, dict[str, float]]:
     """Cores and memory by process in each phase."""
     used: dict[str, dict[str, float]] = {}
     for name, begin_ms, end_ms in (
@@ -95,8 +99,9 @@ async def _watch(bench: Bench, lab: Lab, phases: Phases) -> dict[str, dict[str, 
         await asyncio.sleep(max(0.0, begin_ms - now_ms()) / 1000)
         bench.report(f"  everybody is {name}")
         lab.meter.lap()
+        callers.lap()
         await asyncio.sleep(max(0.0, end_ms - now_ms()) / 1000)
-        used[name] = lab.meter.cores()
+        used[name] = lab.meter.cores() | {CALLERS: sum(callers.cores().values())}
         used[f"{name}_mb"] = lab.meter.rss_mb()
     return used
 
@@ -105,8 +110,10 @@ def _all(told: Told, name: str) -> list[float]:
     return [float(value) for one in told for value in one[name]]
 
 
-def _taken(lab: Lab, name: str, since_ms: float) -> list[float]:
-    return [value for at_ms, value in lab.samples.get(name, []) if at_ms >= since_ms]
+def _taken(
+    lab: Lab, name: str, since_ms: float = 0.0, until_ms: float = float("inf")
+) -> list[float]:
+    return [value for at_ms, value in lab.samples.get(name, []) if since_ms <= at_ms < until_ms]
 
 
 def shut_after_onset(told: Told, shut_at: list[float]) -> list[float]:
@@ -139,10 +146,22 @@ def _result(
             spread=Spread.of(map(abs, _all(told, "gaps"))),
         ),
         Row(
+            what="– of which the callers' own: how late their microphones were",
+            sessions=sessions,
+            digits=1,
+            spread=Spread.of(_all(told, "own_late")),
+        ),
+        Row(
             what="– frames later than the listener needed them",
             sessions=sessions,
             digits=1,
             spread=Spread.of(_taken(lab, "frame_late", phases.steady_ms)),
+        ),
+        Row(
+            what="how late the orchestrator's event loop is, everybody speaking or talking",
+            sessions=sessions,
+            digits=1,
+            spread=Spread.of(_taken(lab, "loop_late", phases.steady_ms, phases.end_ms)),
         ),
         _cpu_row(sessions, used),
     ]
@@ -164,14 +183,14 @@ def _pause_rows(sessions: int, told: Told, lab: Lab) -> list[Row]:
             sessions=sessions,
             aim=Aim(p50=1, p95=3),
             digits=2,
-            spread=Spread.of(_taken(lab, "edge_to_last_frame", 0)),
+            spread=Spread.of(_taken(lab, "edge_to_last_frame")),
         ),
         Row(
             what="edge → worker has paused",
             sessions=sessions,
             aim=Aim(p50=5, p95=15),
             digits=1,
-            spread=Spread.of(_taken(lab, "edge_to_worker_paused", 0)),
+            spread=Spread.of(_taken(lab, "edge_to_worker_paused")),
         ),
         Row(
             what="edge → silence in the client's buffer",
@@ -215,12 +234,13 @@ def _cost(sessions: int, used: dict[str, dict[str, float]], told: Told) -> list[
         cells.append(
             [
                 name,
-                *(f"{used[phase][name]:.2f}" for phase in ("quiet", "speaking", "talking")),
+                *(f"{used[phase][name]:.2f}" for phase in PHASES),
                 f"{empty_mb:.0f}",
                 f"{full_mb:.0f}",
                 f"{(full_mb - empty_mb) / sessions:.1f}",
             ]
         )
+    cells.append([f"({CALLERS})", *(f"{used[phase][CALLERS]:.2f}" for phase in PHASES), "", "", ""])
     verdicts = {"real": 0, "false": 0}
     for one in told:
         for verdict, count in one["verdicts"].items():

@@ -28,6 +28,7 @@ from src.orchestrator.ports import MIC_RATE, Transcript
 from src.orchestrator.routing import RoutingPolicy
 from src.orchestrator.server import CannotStart, Orchestrator
 
+LAG_EVERY_MS = 10
 WORDS = "tell me something about it"
 
 Samples = dict[str, list[tuple[float, float]]]
@@ -100,7 +101,19 @@ async def serve(orchestrator: SampledOrchestrator) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, orchestrator.stop)
-    await orchestrator.run()
+    lag = asyncio.create_task(_watch_lag(orchestrator.sampled.samples["loop_late"]))
+    try:
+        await orchestrator.run()
+    finally:
+        lag.cancel()
+
+
+async def _watch_lag(late: list[tuple[float, float]]) -> None:
+    """How long a callback that is due waits for the event loop."""
+    while True:
+        due_ms = now_ms() + LAG_EVERY_MS
+        await asyncio.sleep(LAG_EVERY_MS / 1000)
+        late.append((due_ms, now_ms() - due_ms))
 
 
 def main() -> int:
