@@ -129,7 +129,7 @@ async def test_a_noise_only_pauses_the_voice_and_not_a_frame_is_lost(
         assert_no_seam([by_seq[seq].pop() for seq in sorted(by_seq)])
         assert heard["heard"] == STORY
         assert heard["completed"] is True
-    assert client.events("state")[-1]["state"] == "listening"
+        await client.until(lambda: client.events("state")[-1]["state"] == "listening", "the end")
 
 
 @needs_models
