@@ -24,14 +24,16 @@ ONE_BREATH = "Please wait a moment and tell me the capital of France."
 LAST_BREATH = "What color is the sky?"
 MONOLOGUE = (
     "There is no recogniser on this machine, so I read you a story instead. Once there was a "
-    "farmer who counted every cloud that passed his field, and his horse walked on while he looked up."
+    "farmer who counted every cloud that passed his field, and his horse walked on while he looked "
+    "up."
 )
 UNHEARD_LINES = (QUESTION, STORY, ONE_BREATH, LAST_BREATH)
 
 # Long enough for the endpoint of one turn to be over before the next begins.
 BREATH_S = 0.7
-INTO_THE_STORY_S = 1.6
-AFTER_THE_COUGH_S = 2.2
+# Soon: the embedded model's shortest stories last five seconds.
+INTO_THE_STORY_S = 1.2
+AFTER_THE_COUGH_S = 1.6
 
 
 @dataclass(frozen=True)
