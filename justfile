@@ -17,9 +17,11 @@ demo *ARGS:
 up *ARGS:
     uv run python -m src.demo.stack {{ARGS}}
 
-# Talk from a terminal: microphone if there is one, else --in talk.wav --out reply.wav.
-cli HOST="ws://localhost:8080" *ARGS:
-    uv run python -m src.client.cli_client --host {{HOST}} {{ARGS}}
+# Talk from a terminal: `just cli`, `just cli ws://host:8080`, `just cli --in talk.wav --out reply.wav`.
+[positional-arguments]
+cli *ARGS:
+    @case "${1:-}" in *ws://*|*wss://*) set -- --host "${1#HOST=}" "${@:2}";; esac; \
+        uv run python -m src.client.cli_client "$@"
 
 # ===== Quality =====
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import IO
 
+from src.common.processes import die_with, free_port
 from src.common.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ STOP_TIMEOUT_MS = 2_000
 _POLL_S = 0.005
 _ASK_TIMEOUT_S = 1.0
 _ANY_PORT_TRIES = 5
-_PR_SET_PDEATHSIG = 1
 
 
 class RedisUnavailable(RuntimeError):
@@ -83,7 +81,7 @@ class EmbeddedRedis:
         failure: RedisUnavailable | None = None
         for _ in range(_ANY_PORT_TRIES):
             try:
-                return await cls._launch(binary, host, _free_port(host))
+                return await cls._launch(binary, host, free_port(host))
             except RedisUnavailable as error:  # somebody took the port in between
                 failure = error
         raise RedisUnavailable(f"no port would do; the last attempt: {failure}")
@@ -173,26 +171,8 @@ def _spawn(binary: Path, host: str, port: int, output: IO[bytes]) -> subprocess.
         stderr=subprocess.STDOUT,
         # Ctrl-C in a terminal is for the parent, which then stops its child in its own time.
         start_new_session=True,
-        preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=die_with(os.getpid()),
     )
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    libc = ctypes.CDLL(None)
-
-    def ask_the_kernel() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask_the_kernel
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def _ask(host: str, port: int, command: str) -> bytes | None:

@@ -104,6 +104,17 @@ def die_with(parent: int) -> Callable[[], None]:
     return ask_the_kernel
 
 
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody holds at this moment."""
     with socket.socket() as probe:

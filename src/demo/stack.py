@@ -23,7 +23,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from src.common.embedded_redis import redis_url_or_embedded
-from src.common.processes import Child, ProcessFailed, free_port
+from src.common.processes import Child, ProcessFailed, free_port, is_free
 from src.common.tasks import TaskGroup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,14 @@ def installed(package: str) -> bool:
 
 @asynccontextmanager
 async def running_stack(options: StackOptions, report: Report) -> AsyncIterator[Stack]:
-    """Start everything, in parallel where it can be; stop everything on the way out."""
+    """Start everything, in parallel where it can be; stop everything on the way out.
+
+    Raises ProcessFailed when a port is taken or a process does not get ready.
+    """
+    # Looked at first, or the readiness checks would find whoever holds the ports and be content.
+    for port in (options.ports.worker, options.ports.orchestrator, options.ports.llm):
+        if not is_free(port):
+            raise ProcessFailed(f"port {port} is taken: is another `just up` running?")
     async with AsyncExitStack() as cleanup:
         redis_url, redis = await redis_url_or_embedded(port=options.ports.redis)
         if redis is not None:

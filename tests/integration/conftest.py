@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from src.common import processes
 from src.common.embedded_redis import EmbeddedRedis, RedisUnavailable
 from src.rpc.generated import tts_pb2_grpc
 
@@ -26,16 +26,9 @@ READY_S = 60.0
 STOP_S = 20.0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    return _free_port
+    return processes.free_port
 
 
 @pytest.fixture
@@ -87,7 +80,7 @@ async def start_worker(tmp_path: Path) -> AsyncIterator[StartWorker]:
     workers: list[RunningWorker] = []
 
     async def start(*flags: str, ready: bool = True) -> RunningWorker:
-        port = _port_in(flags) or _free_port()
+        port = _port_in(flags) or processes.free_port()
         log = tmp_path / f"worker-{len(workers)}.log"
         worker = _launch(port, flags, log)
         workers.append(worker)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from src.common import embedded_redis
+from src.common import embedded_redis, processes
 from src.common.embedded_redis import (
     Answer,
     EmbeddedRedis,
@@ -213,7 +213,7 @@ async def test_moves_to_a_free_port_when_a_stranger_holds_the_usual_one(
 
 @pytest.fixture
 def free_port() -> int:
-    return embedded_redis._free_port("127.0.0.1")
+    return processes.free_port()
 
 
 def run_cli(port: int) -> subprocess.Popen[str]:
