@@ -1,6 +1,6 @@
 """`just bench`: measure, keep the samples in out/benchmarks, rewrite docs/benchmarks.md's block.
 
-    just bench                       everything below, about 11 minutes
+    just bench                       everything below, about 9 minutes
     just bench turns                 one of them, or several: text turns scripted noise load
     just bench load --sessions 50
     just bench vad                   the detector, the recogniser and the voices by themselves
@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import datetime
 import importlib
+import logging
 import os
 import sys
 import time
@@ -30,8 +31,10 @@ from benchmarks import report
 from benchmarks.figures import Outcome, Result, row_table
 from benchmarks.machine import load_average
 from benchmarks.stacks import Bench
-from src.common.processes import ProcessFailed
+from src.common.tasks import leaves
 from src.demo.stack import ROOT
+
+log = logging.getLogger(__name__)
 
 SESSIONS = (1, 10, 50)
 BY_THEMSELVES = ("vad", "asr", "tts_families")
@@ -78,8 +81,10 @@ def run_group(group: str, members: dict[str, Benchmark], bench: Bench, console: 
             command += f" --sessions {name.removeprefix('load-')}"
         try:
             outcome = asyncio.run(run_one(name, benchmark, bench, command))
-        except ProcessFailed as error:
-            console.print(f"[bold red]did not run:[/] {error}")
+        except Exception as error:  # the others are worth having, and nobody may be watching
+            for leaf in leaves(error):
+                console.print("[bold red]did not run:[/]", f"{type(leaf).__name__}: {leaf}")
+            log.debug("%s did not run", name, exc_info=True)
             good = False
             continue
         path = bench.out / f"{name}.json"

@@ -2,14 +2,13 @@
 
 eSpeak speaks a short sentence; the client's clock runs from the first text chunk's write to the
 first frame's arrival. The engine's share is the worker's own figure for the same utterance: the
-growth of `tts_engine_first_chunk_ms_sum` between two scrapes. With more than one session, the
-others speak long texts meanwhile.
+growth of `tts_engine_first_chunk_ms` between two scrapes. With more than one session, the others
+speak long texts meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -17,6 +16,7 @@ from uuid import uuid4
 import aiohttp
 import grpc
 
+from benchmarks.engine import EngineClock
 from benchmarks.figures import Aim, Result, Row, Spread
 from benchmarks.machine import now_ms
 from benchmarks.stacks import REPLY, Bench
@@ -37,10 +37,9 @@ SESSIONS = (1, 10, 50)
 class Worker:
     """A worker by itself, and a client of it."""
 
-    def __init__(self, stub: Any, http: aiohttp.ClientSession, metrics_url: str) -> None:
+    def __init__(self, stub: Any, engine: EngineClock) -> None:
         self._stub = stub
-        self._http = http
-        self._metrics_url = metrics_url
+        self.engine = engine
 
     async def session(self) -> str:
         session_id = f"bench-{uuid4().hex[:8]}"
@@ -63,13 +62,6 @@ class Worker:
             async for _ in self._stub.Synthesize(_text(session_id, REPLY)):
                 pass
 
-    async def engine_ms(self) -> float:
-        """The sum over all utterances so far."""
-        async with self._http.get(self._metrics_url) as answer:
-            page = await answer.text()
-        found = re.findall(r"^tts_engine_first_chunk_ms_sum\{.*\} (\S+)$", page, re.MULTILINE)
-        return sum(map(float, found))
-
 
 async def _text(session_id: str, text: str) -> AsyncIterator[pb.TextChunk]:
     yield pb.TextChunk(
@@ -88,7 +80,7 @@ async def measure(bench: Bench) -> Result:
             aiohttp.ClientSession() as http,
         ):
             stub = tts_pb2_grpc.TTSStub(channel)  # type: ignore[no-untyped-call]
-            worker = Worker(stub, http, f"http://127.0.0.1:{metrics_port}/metrics")
+            worker = Worker(stub, EngineClock(http, metrics_port))
             found = {count: await _probe(bench, worker, count) for count in SESSIONS}
     finally:
         await child.stop()
@@ -104,9 +96,9 @@ async def _probe(bench: Bench, worker: Worker, sessions: int) -> list[tuple[floa
         session_id = await worker.session()
         found = []
         for index in range(WARM_UP + count):
-            before = await worker.engine_ms()
+            await worker.engine.lap()
             took_ms = await worker.first_frame_ms(session_id, SENTENCES[index % len(SENTENCES)])
-            found.append((took_ms, await worker.engine_ms() - before))
+            found.append((took_ms, await worker.engine.lap()))
         for other in others:
             other.cancel()
     bench.report(f"  {sessions} sessions: {Spread.of(took for took, _ in found[WARM_UP:]).text(1)}")
