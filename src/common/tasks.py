@@ -11,7 +11,9 @@ if sys.version_info >= (3, 11):
     from builtins import BaseExceptionGroup
 else:
     from exceptiongroup import BaseExceptionGroup
-    from taskgroup import TaskGroup, timeout
+    # Its own `timeout` raises the builtin TimeoutError, which is not asyncio's before 3.11.
+    from async_timeout import timeout
+    from taskgroup import TaskGroup
 
 __all__ = ["TaskGroup", "cancel_and_wait", "leaves", "timeout"]
 
