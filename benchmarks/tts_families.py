@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 
 from src.tts.adapters import adapter_for
-from src.tts.adapters.run_gate import Deadline, RunGate
 from src.tts.catalog import ModelMeta
+from src.tts.run_gate import Deadline, RunGate
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, MissingPackage, Model, Segment, VoiceSpec
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,5 +36,6 @@ def level_dbfs(samples: Int16) -> float:
     """RMS level of a block in dB below full scale; -120 for digital silence."""
     if samples.size == 0:
         return -120.0
-    rms = float(np.sqrt(np.mean(np.square(samples.astype(np.float64))))) / 32768.0
-    return 20.0 * float(np.log10(max(rms, 1e-6)))
+    loud = samples.astype(np.float32)
+    power = float(np.dot(loud, loud)) / samples.size / 32768.0**2
+    return 10.0 * math.log10(max(power, 1e-12))

@@ -10,9 +10,9 @@ if sys.version_info >= (3, 11):
     from asyncio import TaskGroup, timeout
     from builtins import BaseExceptionGroup
 else:
-    from exceptiongroup import BaseExceptionGroup
     # Its own `timeout` raises the builtin TimeoutError, which is not asyncio's before 3.11.
     from async_timeout import timeout
+    from exceptiongroup import BaseExceptionGroup
     from taskgroup import TaskGroup
 
 __all__ = ["TaskGroup", "cancel_and_wait", "leaves", "timeout"]

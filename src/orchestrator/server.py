@@ -21,6 +21,7 @@ from src.common.clock import MonotonicClock
 from src.common.config import ConfigError
 from src.common.embedded_redis import RedisUnavailable, redis_url_or_embedded
 from src.common.logging import setup_logging
+from src.common.memory import freeze_what_stays
 from src.common.tasks import TaskGroup
 from src.orchestrator.app import make_app
 from src.orchestrator.asr import make_recognizer
@@ -202,6 +203,7 @@ class Orchestrator:
         await asyncio.to_thread(VoiceActivityDetector, self._config.vad)
         cleanup.push_async_callback(recognizer.aclose)
         self._recognizer = recognizer
+        freeze_what_stays()
         took_ms = round(self._clock.now_ms() - began_ms)
         log.info("recogniser is ready", extra={"engine": recognizer.name, "took_ms": took_ms})
 

@@ -346,6 +346,8 @@ class DuplexSession:
     # --- what the machine decides ---
 
     def _apply(self, event: Event) -> None:
+        if not self._open:
+            return  # what ends with the session must not start anything new
         before = self._state.mode
         self._state, actions = step(self._state, event)
         for action in actions:

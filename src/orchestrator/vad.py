@@ -71,7 +71,7 @@ class VadSettings(StrictModel):
     )
     release_threshold: float = Field(0.35, gt=0, lt=1, description="Silero: this is not speech")
     release_margin_db: float = Field(6.0, gt=0, description="speech this near the floor has ended")
-    quiet_ms: int = Field(80, ge=10, description="silence after which recognition is started")
+    quiet_ms: int = Field(60, ge=10, description="silence after which recognition is started")
     endpoint_ms: int = Field(220, ge=20, description="silence that ends a turn")
     barge_in_endpoint_ms: int = Field(220, ge=20, description="the same, begun while we spoke")
     refractory_ms: int = Field(250, ge=0, description="rest after a false alarm; doubles each time")
@@ -225,7 +225,9 @@ class VoiceActivityDetector:
         gate = self._gate.step(playback_dbfs if playing else -120.0)
         edge = self._first_stage(samples, level, gate)
         begun = self._begin(playing) if edge and self._state is _State.IDLE else []
-        fresh = self._opinion.listen(samples, awake=self._state is not _State.IDLE)
+        # The pause must not wait for the second opinion: it wakes up with the next step.
+        awake = self._state is not _State.IDLE and not begun
+        fresh = self._opinion.listen(samples, awake=awake)
         if fresh is not None:
             self._probability = fresh
         if self._state in (_State.IDLE, _State.REFRACTORY):

@@ -20,8 +20,8 @@ SILERO_WINDOW = 512
 SILERO_CONTEXT = 64
 _SILERO_FILE = "assets/silero_vad_v6.onnx"
 _DOZE_WINDOWS = 16
-_SILENT_PEAK = 0.0035
-"""-49 dBFS: nothing an edge could come from."""
+_SILENT_PEAK = 0.0056
+"""-45 dBFS: the peaks of a quiet room, under which nothing is that an edge could come from."""
 
 
 class WebRtcEdge:

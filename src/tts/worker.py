@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from src.common.clock import MonotonicClock
 from src.common.config import ConfigError
 from src.common.logging import setup_logging
+from src.common.memory import freeze_what_stays
 from src.common.tasks import TaskGroup, cancel_and_wait
 from src.rpc.announcement import (
     Announcement,
@@ -143,6 +144,8 @@ class Worker:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         log.info("loading", extra={"addr": self._addr, "model_id": self._manager.default_model_id})
+        # Before the models: what one of them leaves in cycles must be found when it is unloaded.
+        freeze_what_stays()
         if not await _unless(stop, self._manager.start()):
             return
         self._metrics.fallback(bool(self._fallback_reason))

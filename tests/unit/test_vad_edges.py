@@ -114,10 +114,10 @@ def test_a_voice_at_the_level_of_the_noise_is_not_an_edge() -> None:
     assert bench.run(FLOOR_DB + 6, 200) == []
 
 
-def test_the_second_opinion_confirms_in_the_step_of_the_edge() -> None:
-    events = Bench().run(SPEECH_DB, 20, 0.9)
+def test_the_edge_does_not_wait_for_the_second_opinion_which_confirms_in_the_next_step() -> None:
+    events = Bench().run(SPEECH_DB, 30, 0.9)
     assert phases(events) == [EDGE, CONFIRMED]
-    assert events[0].at_ms == events[1].at_ms
+    assert events[1].at_ms == events[0].at_ms + 10
     assert events[1].probability == 0.9
 
 
