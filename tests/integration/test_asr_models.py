@@ -150,13 +150,13 @@ def test_a_context_so_short_that_whisper_loops_still_says_it_once() -> None:
 
 needs_whisper = pytest.mark.skipif(
     importlib.util.find_spec("whisper") is None or importlib.util.find_spec("torch") is None,
-    reason="needs the whisper extra (openai-whisper and torch)",
+    reason="optional: the whisper extra (openai-whisper and torch)",
 )
 
 
 def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> None:
     if importlib.util.find_spec("whisper") is not None:
-        pytest.skip("the whisper extra is installed")
+        pytest.skip("optional: only without the whisper extra")
     checkpoint = tmp_path / "tiny.en.pt"
     checkpoint.touch()
     with pytest.raises(Unavailable, match="uv sync --extra whisper"):

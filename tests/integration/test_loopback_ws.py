@@ -168,7 +168,7 @@ async def test_sessions_do_not_hear_each_other(running: Installation) -> None:
         assert (await other.until_event("heard"))["heard"] == "Yes."
 
 
-@pytest.mark.skipif(not opus_available(), reason="optional: PyAV is not installed")
+@pytest.mark.skipif(not opus_available(), reason="PyAV is not installed")
 async def test_opus_in_both_directions(running: Installation) -> None:
     async with talker(running) as plain, aiohttp.ClientSession() as http:
         await plain.say(SENTENCE)

@@ -106,7 +106,7 @@ async def test_pause_resume_and_stop_reach_a_real_engine(start_worker: StartWork
     assert (await heard(speak(worker, "On we go.", "u2")))[-1].last
 
 
-@pytest.mark.skipif(not opus_available(), reason="optional: the package av")
+@pytest.mark.skipif(not opus_available(), reason="the package av is not installed")
 async def test_opus_is_one_packet_a_frame(start_worker: StartWorker) -> None:
     worker = await start_worker()
     await started(worker, codec=pb.CODEC_OPUS)

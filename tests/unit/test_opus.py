@@ -10,7 +10,7 @@ import pytest
 from src.audio.opus import OpusDecoder, OpusEncoder, OpusMissing, opus_available
 from src.audio.pcm import FRAME_BYTES, FRAME_SAMPLES, SAMPLE_RATE, Int16
 
-needs_av = pytest.mark.skipif(not opus_available(), reason="optional: the package av")
+needs_av = pytest.mark.skipif(not opus_available(), reason="the package av is not installed")
 
 
 def tone(frames: int) -> Int16:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("grpc_tools", reason="optional: grpcio-tools, for developers")
+pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
 
