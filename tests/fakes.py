@@ -495,6 +495,7 @@ class FakeObserver:
         self.to_last_frame_ms: list[float] = []
         self.to_worker_paused_ms: list[float] = []
         self.late_ms: list[float] = []
+        self.jitter_ms: list[float] = []
         self.kept: list[int] = []
 
     def session_opened(self) -> None:
@@ -517,6 +518,9 @@ class FakeObserver:
 
     def frame_sent(self, late_ms: float) -> None:
         self.late_ms.append(late_ms)
+
+    def frame_jitter(self, ms: float) -> None:
+        self.jitter_ms.append(ms)
 
     def frames_kept(self, count: int) -> None:
         self.kept.append(count)

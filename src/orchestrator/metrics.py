@@ -65,7 +65,13 @@ class Metrics:
         )
         self.frame_lateness = Histogram(
             "duplex_frame_lateness_seconds",
-            "How late frames left against their 20 ms grid (jitter)",
+            "How late frames left for their listener; 0 while the jitter buffer is not dry",
+            buckets=_JITTER_S,
+            registry=registry,
+        )
+        self.frame_jitter = Histogram(
+            "duplex_frame_jitter_seconds",
+            "How far from 20 ms apart two frames of a steady stream left",
             buckets=_JITTER_S,
             registry=registry,
         )
@@ -123,7 +129,10 @@ class SessionMetrics:
         self._metrics.edge_to_worker_paused.observe(ms / 1000)
 
     def frame_sent(self, late_ms: float) -> None:
-        self._metrics.frame_lateness.observe(abs(late_ms) / 1000)
+        self._metrics.frame_lateness.observe(late_ms / 1000)
+
+    def frame_jitter(self, ms: float) -> None:
+        self._metrics.frame_jitter.observe(ms / 1000)
 
     def frames_kept(self, count: int) -> None:
         self._metrics.queue_depth.inc(count - self._kept)

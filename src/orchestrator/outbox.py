@@ -7,6 +7,7 @@ from collections import deque
 from src.audio.pcm import FRAME_MS
 from src.orchestrator.ports import SpeechFrame
 
+_OPENING_FRAMES = 25
 _RAN_DRY_MS = 100
 
 
@@ -109,3 +110,17 @@ class Grid:
     def played_seq(self, now_ms: float) -> int:
         """The last frame whose end is due; less than the first one's seq if there is none."""
         return self._seq - 1 + int(max(0.0, now_ms - self._start_ms) // FRAME_MS)
+
+
+class Spacing:
+    """How evenly the frames of one run leave; the burst that opens it does not count."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._last_ms = 0.0
+
+    def leave(self, now_ms: float) -> float | None:
+        """The distance of this gap from 20 ms; None within the opening half second."""
+        gap_ms, self._last_ms = now_ms - self._last_ms, now_ms
+        self._left += 1
+        return abs(gap_ms - FRAME_MS) if self._left > _OPENING_FRAMES else None

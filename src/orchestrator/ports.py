@@ -249,7 +249,11 @@ class SessionObserver(Protocol):
     def edge_to_worker_paused(self, ms: float) -> None: ...
 
     def frame_sent(self, late_ms: float) -> None:
-        """How late a frame left against its utterance's 20 ms grid; feeds the jitter histogram."""
+        """How late a frame left for its listener: 0 as long as the jitter buffer is not dry."""
+        ...
+
+    def frame_jitter(self, ms: float) -> None:
+        """How far from 20 ms apart two frames left, once the opening burst is over."""
         ...
 
     def frames_kept(self, count: int) -> None:

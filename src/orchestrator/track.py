@@ -11,7 +11,7 @@ from src.audio.pcm import FRAME_MS, from_bytes, level_dbfs
 from src.common.clock import Clock
 from src.orchestrator.duplex import DuplexSettings
 from src.orchestrator.heard import HeardText, split_heard
-from src.orchestrator.outbox import Grid, Outbox
+from src.orchestrator.outbox import Grid, Outbox, Spacing
 from src.orchestrator.ports import SessionObserver, SpeechFrame, Transport, Utterance, Word
 
 _LEVEL_FRAMES = 5
@@ -58,6 +58,7 @@ class Track:
         self._on_sent = on_sent
         self._words: list[Word] = []
         self._grid: Grid | None = None
+        self._spacing = Spacing()
         self._next_seq = -1
         self._end_told = False
         self._timer: asyncio.TimerHandle | None = None
@@ -138,6 +139,8 @@ class Track:
         self._next_seq = frame.seq + 1
         booth.transport.send_frame(frame)
         booth.observer.frame_sent(grid.leave(frame.seq, now_ms))
+        if (jitter_ms := self._spacing.leave(now_ms)) is not None:
+            booth.observer.frame_jitter(jitter_ms)
         opus = booth.codec == "opus"
         self._levels.append(
             _OPUS_DBFS if opus else level_dbfs(from_bytes(frame.pcm)[::_LEVEL_STRIDE])
@@ -146,6 +149,7 @@ class Track:
 
     def _begin_audio(self, seq: int, *, resumed: bool) -> None:
         self._next_seq = seq
+        self._spacing = Spacing()
         self._booth.transport.begin_audio(self.utterance_id, seq, resumed=resumed)
 
     def _pump_in(self, ms: float) -> None:

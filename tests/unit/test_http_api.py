@@ -257,6 +257,7 @@ async def test_metrics_show_what_sessions_report() -> None:
     observer.session_opened()
     observer.barge_in("real")
     observer.frame_sent(3.0)
+    observer.frame_jitter(4.0)
     observer.frames_kept(7)
     observer.edge_to_last_frame(0.4)
     observer.edge_to_worker_paused(4.0)
@@ -270,6 +271,7 @@ async def test_metrics_show_what_sessions_report() -> None:
         "duplex_sessions 1.0",
         'duplex_barge_ins_total{verdict="real"} 1.0',
         "duplex_frames_kept 7.0",
+        'duplex_frame_jitter_seconds_bucket{le="0.005"} 1.0',
         'duplex_first_audio_seconds_bucket{le="0.4"} 1.0',
         'duplex_edge_to_last_frame_seconds_bucket{le="0.0005"} 1.0',
         'duplex_edge_to_worker_paused_seconds_bucket{le="0.005"} 1.0',

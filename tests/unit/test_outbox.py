@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from src.orchestrator.outbox import Grid, Outbox
+from src.orchestrator.outbox import Grid, Outbox, Spacing
 from src.orchestrator.ports import SpeechFrame
 
 
@@ -74,6 +74,14 @@ def test_the_grid_moves_when_the_listener_ran_dry() -> None:
     assert grid.due_ms(13) == 1060
     assert grid.leave(13, 1360) == 300
     assert grid.due_ms(14) == 1380
+
+
+def test_spacing_counts_once_the_opening_burst_is_over() -> None:
+    spacing = Spacing()
+    assert {spacing.leave(ms) for ms in range(0, 25)} == {None}
+    assert spacing.leave(24 + 20) == 0
+    assert spacing.leave(44 + 27) == 7
+    assert spacing.leave(71 + 5) == 15
 
 
 def test_what_the_clock_says_was_played() -> None:

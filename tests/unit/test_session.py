@@ -874,3 +874,16 @@ def test_audio_time_counts_from_the_first_sample_also_while_the_voice_is_being_o
             assert talk.seen(State)[0].at_ms >= 100
 
     play(scenario)
+
+
+def test_the_spacing_of_a_long_reply_is_reported() -> None:
+    async def scenario() -> None:
+        async with Conversation(
+            answer=lambda _: "one two three four five six seven eight."
+        ) as talk:
+            await talk.ask()
+            await talk.until(talk.last_answered)
+            assert talk.observer.jitter_ms
+            assert max(talk.observer.jitter_ms) < 20
+
+    play(scenario)
