@@ -268,7 +268,6 @@ async def serve(port: int) -> int:
     except RedisUnavailable as error:
         print(error)
         return 2
-    print(f"{server.url} ({server.source}); Ctrl-C ends it", flush=True)
     return await _until_signal(server)
 
 
@@ -277,6 +276,8 @@ async def _until_signal(server: EmbeddedRedis) -> int:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
+    # Said only now: whoever reads it may send the signal at once.
+    print(f"{server.url} ({server.source}); Ctrl-C ends it", flush=True)
     try:
         while server.running:
             with contextlib.suppress(asyncio.TimeoutError):

@@ -102,6 +102,9 @@ class TTSService(tts_pb2_grpc.TTSServicer):
         session = self._sessions.get(first.session_id)
         if self._sessions.draining:
             raise Unavailable("this worker is draining; start the session on another one")
+        # Before any frame: an error that finds the first write still under way would send the
+        # headers a second time, which grpc refuses, and the client would wait for ever.
+        await context.send_initial_metadata(())
         with log_context(session_id=first.session_id, utterance_id=first.utterance_id):
             chunks = _again(first, request_iterator)
             await session.synthesize(first.utterance_id, chunks, context.write)
