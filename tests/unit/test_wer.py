@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from src.demo.wer import WordErrors, normalise, spell, word_errors
+from src.demo.wer import WordErrors, letter_error_rate, normalise, spell, word_errors
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,9 @@ def test_errors_are_substitutions_insertions_and_deletions() -> None:
     assert word_errors("one two three four", "one too three") == WordErrors(2, 4)
     assert word_errors("yes", "oh yes indeed").errors == 2
     assert word_errors("", "").rate == 0.0
+
+
+def test_a_name_written_as_two_words_costs_nothing_in_letters() -> None:
+    assert letter_error_rate("a farmer named Grimgold", "A farmer, named Grim Gold.") == 0.0
+    assert letter_error_rate("abcd", "abxd") == 0.25
+    assert letter_error_rate("the story of a horse", "seven days in a week") > 0.6
