@@ -15,6 +15,7 @@ from src.orchestrator.asr import AsrSettings
 from src.orchestrator.auth import refuse_open_door
 from src.orchestrator.duplex import DuplexSettings
 from src.orchestrator.llm_context import LlmSettings
+from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.routing import RoutingPolicy, load_policy
 from src.orchestrator.vad import VadSettings
 from src.orchestrator.ws_endpoint import EndpointLimits
@@ -142,6 +143,7 @@ class RetentionSettings(StrictModel):
 class OrchestratorConfig(StrictModel):
     transport: TransportSettings = TransportSettings()
     server: ServerSettings = ServerSettings()
+    livekit: LiveKitSettings = LiveKitSettings()
     limits: LimitSettings = LimitSettings()
     asr: AsrSettings = AsrSettings()
     vad: VadSettings = VadSettings()
@@ -170,6 +172,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if url := environ.get("REDIS_URL"):
         found["redis.url"] = url
+    for name in ("url", "api_key", "api_secret"):
+        if value := environ.get(f"LIVEKIT_{name.upper()}"):
+            found[f"livekit.{name}"] = value
     if keys := environ.get("DUPLEX_API_KEY"):
         found["server.api_keys"] = [key.strip() for key in keys.split(",") if key.strip()]
     return found
