@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from src.common import processes
 from src.common.embedded_redis import EmbeddedRedis, RedisUnavailable
+from src.common.livekit_server import LiveKitServer, LiveKitUnavailable
 from src.rpc.generated import tts_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,17 @@ async def redis_url() -> AsyncIterator[str]:
     except RedisUnavailable as error:
         pytest.skip(str(error))
     yield server.url
+    await server.close()
+
+
+@pytest.fixture
+async def livekit(tmp_path: Path) -> AsyncIterator[LiveKitServer]:
+    """A server of the test's own, so that it may be killed."""
+    try:
+        server = await LiveKitServer.start(tmp_path / "livekit-server.log")
+    except LiveKitUnavailable as error:
+        pytest.skip(str(error))
+    yield server
     await server.close()
 
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ import numpy as np
 
 from src.audio.pcm import Float32, to_int16
 from src.common.embedded_redis import EmbeddedRedis
+from src.common.livekit_server import LiveKitServer
 from src.common.processes import Child, free_port
 
 MIC_RATE = 16_000
@@ -29,6 +30,8 @@ TICK_S = 0.02
 READY_S = 90.0
 PATIENCE_S = 30.0
 Event = dict[str, Any]
+# Whatever the machine's own environment says, an installation without a server has no rooms.
+NO_LIVEKIT = {"LIVEKIT_URL": "", "LIVEKIT_API_KEY": "", "LIVEKIT_API_SECRET": ""}
 
 
 @dataclass
@@ -53,16 +56,29 @@ class Installation:
 
 @asynccontextmanager
 async def installation(
-    logs: Path, *, model: str = "espeak-en", config: str = "", env: Mapping[str, str] | None = None
+    logs: Path,
+    *,
+    model: str = "espeak-en",
+    config: str = "",
+    env: Mapping[str, str] | None = None,
+    livekit: LiveKitServer | None = None,
+    args: Sequence[str] = (),
 ) -> AsyncIterator[Installation]:
-    """Registry, one worker and the orchestrator, on free ports."""
+    """Registry, one worker and the orchestrator, on free ports; with `livekit` in rooms too.
+
+    `args` go to the orchestrator; `env` lies over what is set here.
+    """
     async with AsyncExitStack() as cleanup:
         redis = await EmbeddedRedis.start()
         cleanup.push_async_callback(redis.close)
-        around = {"REDIS_URL": redis.url, "LLM_BASE_URL": "", "DUPLEX_API_KEY": "", **(env or {})}
+        around = {"REDIS_URL": redis.url, "LLM_BASE_URL": "", "DUPLEX_API_KEY": ""}
+        around |= livekit.environ if livekit else NO_LIVEKIT
+        around |= env or {}
         await _start(cleanup, "worker", _worker(model), logs, around)
         port = free_port()
-        argv = ["-m", "src.orchestrator.server", "--ws", "--port", str(port)]
+        argv = ["-m", "src.orchestrator.server", "--ws", "--port", str(port), *args]
+        if livekit:
+            argv.append("--livekit")
         if config:
             path = logs / "orchestrator.yaml"
             path.write_text(config, encoding="utf-8")
