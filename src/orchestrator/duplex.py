@@ -7,7 +7,8 @@
                                                                             └────── false ────┘
 
 Beside the phase stands what the user is doing (`User`). A frame may leave only in SPEAKING, so the
-gate is a property of the state: it closes in the very step that leaves SPEAKING.
+gate is a property of the state: it closes in the very step that leaves SPEAKING. While the user is
+away (`Presence`) it stays closed, and nobody begins to speak.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ class DuplexState:
     carried: str = ""
     """What the user had said before a pause that was not the end."""
     queued: tuple[str, ...] = ()
+    away: bool = False
+    """The user cannot hear now: what is being said waits."""
     replies: int = 0
     turns: int = 0
 
@@ -113,7 +116,7 @@ class DuplexState:
     @property
     def gate(self) -> str:
         """The one reply whose frames may leave now; empty: none may."""
-        return self.reply_id if self.phase is Phase.SPEAKING else ""
+        return self.reply_id if self.phase is Phase.SPEAKING and not self.away else ""
 
     @property
     def turn_id(self) -> str:
@@ -168,7 +171,14 @@ class Finished:
     ok: bool = True
 
 
-Event = Voice | Judged | Words | Typed | Say | Ready | Finished
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Whether the user can hear. Lost with the connection, and found again with it."""
+
+    here: bool
+
+
+Event = Voice | Judged | Words | Typed | Say | Ready | Finished | Presence
 
 
 # --- actions ---
@@ -231,12 +241,15 @@ def step(state: DuplexState, event: Event) -> Step:
             after = (replace(state, ready=True) if reply_id == state.reply_id else state), []
         case Finished():
             after = _finished(state, event)
+        case Presence(here):
+            after = _present(state) if here else _absent(state)
     return _settle(*after)
 
 
 def _settle(state: DuplexState, actions: list[Do]) -> Step:
     """What follows from the state alone, whatever led to it."""
-    if state.phase is Phase.PREPARING and state.ready and state.user is User.SILENT:
+    waiting = state.phase is Phase.PREPARING and state.user is User.SILENT
+    if waiting and state.ready and not state.away:
         return replace(state, phase=Phase.SPEAKING), [*actions, Do(Act.PLAY, state.reply_id)]
     if state.phase is not Phase.IDLE:
         return state, actions
@@ -292,8 +305,7 @@ def _voiced_again(state: DuplexState) -> Step:
 def _interrupt(state: DuplexState) -> Step:
     if state.phase is not Phase.SPEAKING:
         return state, []
-    shut = [Do(Act.SHUT, state.reply_id), Do(Act.PAUSE, state.reply_id)]
-    return replace(state, phase=Phase.BARGED_IN), shut
+    return replace(state, phase=Phase.BARGED_IN), _silence(state)
 
 
 def _begin_turn(state: DuplexState) -> Step:
@@ -430,14 +442,14 @@ def _go_on(state: DuplexState) -> Step:
     if answered or state.user is User.SILENT:
         state = replace(state, user=User.SILENT, carried="")
     state = replace(state, phase=Phase.SPEAKING, words=None)
-    return state, [Do(Act.RESUME, state.reply_id), Do(Act.PLAY, state.reply_id)]
+    return state, _speech(state)
 
 
 def _take_turn(state: DuplexState, *, unheard: bool) -> Step:
     """The user has the floor. A reply of which nothing was heard answers nothing: its question is
     carried into the new turn."""
     reply_id, asked = state.reply_id, state.asked
-    actions = [Do(Act.SHUT, reply_id)] if state.phase is Phase.SPEAKING else []
+    actions = [Do(Act.SHUT, reply_id)] if state.gate else []
     state = replace(_without_reply(state), queued=())
     if unheard and asked:
         state = replace(state, carried=joined(asked, state.carried))
@@ -447,6 +459,30 @@ def _take_turn(state: DuplexState, *, unheard: bool) -> Step:
     if state.user is User.ENDED and state.words is not None:
         state = _hand_over(state)
     return state, actions
+
+
+# --- the user's presence ---
+
+
+def _absent(state: DuplexState) -> Step:
+    return replace(state, away=True), _silence(state)
+
+
+def _present(state: DuplexState) -> Step:
+    if not state.away:
+        return state, []
+    state = replace(state, away=False)
+    return state, _speech(state)
+
+
+def _silence(state: DuplexState) -> list[Do]:
+    """Nothing when it is silent already: it does not speak, or the user is away."""
+    return [Do(Act.SHUT, state.gate), Do(Act.PAUSE, state.gate)] if state.gate else []
+
+
+def _speech(state: DuplexState) -> list[Do]:
+    """Nothing when it stays silent."""
+    return [Do(Act.RESUME, state.gate), Do(Act.PLAY, state.gate)] if state.gate else []
 
 
 # --- text, and the end of a reply ---

@@ -30,6 +30,7 @@ from src.orchestrator.duplex import (
     Finished,
     Judged,
     Phase,
+    Presence,
     Ready,
     Say,
     Typed,
@@ -240,6 +241,14 @@ class DuplexSession:
         if self._switching is not None:
             self._switching.cancel()
         self._switching = self._spawn(self._switch(model, voice), f"switch to {model}")
+
+    def on_presence(self, *, here: bool) -> None:
+        """Not here: the agent falls silent, and goes on with the word that was not heard yet once
+        the user is back. Idempotent."""
+        if self._open:
+            self._apply(Presence(here))
+        else:
+            self._state, _ = step(self._state, Presence(here))
 
     # --- listening ---
 

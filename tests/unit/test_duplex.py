@@ -14,6 +14,7 @@ from src.orchestrator.duplex import (
     Finished,
     Judged,
     Phase,
+    Presence,
     Ready,
     Say,
     Typed,
@@ -195,6 +196,21 @@ def test_a_draft_that_fails_is_tried_again_with_the_final_words() -> None:
     assert told[2:] == ["draft:u1=hello", "stop:u1", "finish_turn", "reply:u2=hello"]
 
 
+def test_nothing_is_said_to_nobody() -> None:
+    state, told = run(Presence(False), Presence(False), state=speaking())
+    assert (told, state.gate) == (["shut:u1", "pause:u1"], "")
+    assert run(Presence(True), state=state)[1] == ["resume:u1", "play:u1"]
+    away, told = run(Presence(False), Typed("hi"), Ready("u1"))
+    assert (told, away.mode) == (["reply:u1=hi"], "listening")
+    assert run(Presence(True), state=away)[1] == ["play:u1"]
+
+
+def test_an_alarm_while_the_user_is_away_stays_silent() -> None:
+    state, told = run(Presence(False), EDGE, REJECTED, Judged(False), state=speaking())
+    assert (told, state.gate) == (["shut:u1", "pause:u1", "begin_turn", "drop_turn"], "")
+    assert run(Presence(True), state=state)[1] == ["resume:u1", "play:u1"]
+
+
 def test_late_news_of_an_old_reply_is_ignored() -> None:
     state = speaking()
     assert run(Ready("u0"), Finished("u0"), Finished(""), state=state) == (state, [])
@@ -215,6 +231,7 @@ EVENTS = st.one_of(
     st.builds(Words, st.just("yeah"), st.booleans(), st.just(True)),
     st.builds(Typed, st.just("typed")),
     st.builds(Say, st.just("said")),
+    st.builds(Presence, st.booleans()),
 )
 _LEGAL_USERS = {
     Phase.IDLE: set(User),
@@ -303,7 +320,7 @@ class AnyConversation(RuleBasedStateMachine):
             case Act.STOP | Act.COMPLETE:
                 self.alive, self.paused = "", False
             case Act.CUT if self.over:
-                self.alive = ""
+                self.alive, self.paused = "", False
             case Act.BEGIN_TURN:
                 assert not self.turn_open
                 self.turn_open = True
@@ -324,9 +341,10 @@ class AnyConversation(RuleBasedStateMachine):
     def the_state_is_legal(self) -> None:
         state = self.state
         assert state.user in _LEGAL_USERS[state.phase]
-        assert bool(state.gate) == (state.phase is Phase.SPEAKING)
+        speaking = state.phase is Phase.SPEAKING
+        assert bool(state.gate) == (speaking and not state.away)
         assert bool(state.reply_id) == (state.phase is not Phase.IDLE)
-        assert self.paused == (state.phase is Phase.BARGED_IN)
+        assert self.paused == (state.phase is Phase.BARGED_IN or (speaking and state.away))
         assert self.turn_open == (state.user in (User.TALKING, User.PAUSING, User.AGAIN))
         assert state.phase is not Phase.IDLE or state.user is not User.SILENT or not state.queued
 
