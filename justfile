@@ -60,6 +60,14 @@ bench *ARGS:
 redis PORT="6379":
     uv run python -m src.common.embedded_redis --port {{PORT}}
 
+# Builds the pinned livekit-server with Go, into a cache; `just livekit-server --run` starts it too.
+livekit-server *ARGS:
+    uv run python -m scripts.livekit_server {{ARGS}}
+
+# Fetches livekit-client for the page, if what comes has the hash in the lock.
+web-deps:
+    uv run python scripts/web_deps.py
+
 # A small language model behind an OpenAI-compatible endpoint.
 run-llm *ARGS:
     uv run python scripts/run_llm.py {{ARGS}}
