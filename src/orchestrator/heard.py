@@ -41,7 +41,7 @@ def split_heard(
     start_ms, start = (words[done - 1].end_ms, words[done - 1].char_end) if done else (0, 0)
     end_ms, end = _next_mark(text, words, done, total_ms, start_ms, start)
     if not _has_word(text[start:end]):
-        place = _past_punctuation(text, start)
+        place = past_punctuation(text, start)
         return HeardText(text[:place], text[place:], estimated)
     share = min(1.0, max(0.0, (heard_ms - start_ms) / max(1, end_ms - start_ms)))
     place = _whole_words(text, start, start + int(share * (end - start)))
@@ -67,7 +67,7 @@ def _has_word(text: str) -> bool:
     return any(char.isalnum() for char in text)
 
 
-def _past_punctuation(text: str, place: int) -> int:
+def past_punctuation(text: str, place: int) -> int:
     """The comma belongs to the word before it."""
     while place < len(text) and not text[place].isspace() and not text[place].isalnum():
         place += 1
@@ -83,4 +83,4 @@ def _whole_words(text: str, start: int, place: int) -> int:
         place -= 1
     while place > start and text[place - 1].isspace():
         place -= 1
-    return _past_punctuation(text, place)
+    return past_punctuation(text, place)
