@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
@@ -24,6 +24,8 @@ from src.common.tasks import TaskGroup, cancel_and_wait, timeout
 from src.demo.actor import DidNotHappen
 from src.demo.recording import Timed
 from src.demo.room_audio import STEP_MS, Ear, Mouth, Sound, Spoken
+from src.demo.room_captions import Caption, Chunk
+from src.orchestrator.rooms.sdk_audio import MicStream, push
 from src.rpc.ws_events import ServerEvent, parse_server
 
 EVENTS_TOPIC = "duplex.events"
@@ -65,33 +67,6 @@ async def fetch_token(base_url: str, api_key: str = "", **params: str) -> dict[s
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A piece of a caption; a new `stream_id` in the same segment replaces what was there."""
-
-    at_ms: float
-    stream_id: str
-    text: str
-
-
-@dataclass
-class Caption:
-    """One transcription segment as a front end shows it. `identity`: whose words they are."""
-
-    segment_id: str
-    identity: str
-    track_sid: str = ""
-    final: bool = False
-    closed: bool = False
-    chunks: list[Chunk] = field(default_factory=list)
-    stream_id: str = ""
-
-    @property
-    def text(self) -> str:
-        """The newest stream's words."""
-        return "".join(chunk.text for chunk in self.chunks if chunk.stream_id == self.stream_id)
-
-
-@dataclass(frozen=True)
 class Noted:
     """A state or a connection event, and when."""
 
@@ -121,6 +96,7 @@ class RoomUser:
         self._tasks: TaskGroup | None = None
         self._mouth: Mouth | None = None
         self._mic: rtc.LocalAudioTrack | None = None
+        self._stream: MicStream | None = None
         self._listen_to(room)
 
     # --- speak and write ---
@@ -272,6 +248,7 @@ class RoomUser:
             if self._running is not None:
                 await cancel_and_wait(self._running)
         finally:
+            self._stop_listening()
             await self.room.disconnect()
 
     def _raise_fault(self) -> None:
@@ -303,28 +280,27 @@ class RoomUser:
             await asyncio.sleep(max(0.0, mouth.due_ms - self.clock.now_ms()) / 1000)
             self.late_ms = max(self.late_ms, self.clock.now_ms() - mouth.due_ms)
             step = mouth.next_step()
-            pcm = np.repeat(step, channels).tobytes()
-            await source.capture_frame(rtc.AudioFrame(pcm, rate, channels, step.size))
+            if (rate, channels) == (SAMPLE_RATE, 1):
+                push(source, step.tobytes())
+            else:
+                pcm = np.repeat(step, channels).tobytes()
+                await source.capture_frame(rtc.AudioFrame(pcm, rate, channels, step.size))
 
     def _on_track(self, track: rtc.Track, _: object, participant: rtc.RemoteParticipant) -> None:
         agent = participant.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
         if agent and isinstance(track, rtc.RemoteAudioTrack):
             self.agent_track = track
-            # Not in the task: by then the room may be gone, and the track's handle with it.
-            stream = rtc.AudioStream.from_track(
-                track=track, sample_rate=SAMPLE_RATE, num_channels=1, frame_size_ms=STEP_MS
-            )
-            self._spawn(self._listen(stream))
+            self._stop_listening()
+            self._stream = MicStream(track, self._hear, sample_rate=SAMPLE_RATE)
             self._news.set()
 
-    async def _listen(self, stream: rtc.AudioStream) -> None:
-        try:
-            async for event in stream:
-                samples: Int16 = np.frombuffer(event.frame.data, dtype=np.int16)
-                self.ear.hear(self.clock.now_ms(), samples)
-                self._news.set()
-        finally:
-            await stream.aclose()
+    def _hear(self, samples: Int16) -> None:
+        self.ear.hear(self.clock.now_ms(), samples)
+        self._news.set()
+
+    def _stop_listening(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
     def _on_data(self, packet: rtc.DataPacket) -> None:
         if packet.topic != EVENTS_TOPIC:
