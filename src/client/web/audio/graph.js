@@ -1,0 +1,275 @@
+/**
+ * The page's sound: microphone and injected sounds mixed into one way up, the agent's voice on its
+ * way down, meters on both, all on one AudioContext clock.
+ */
+
+import { openMicrophone } from '../devices.js';
+import { loadSound } from '../sounds.js';
+import { StartFailed, trouble } from '../troubles.js';
+import { BargeInClock } from './barge-in-clock.js';
+import { LEVEL_FLOOR_DBFS } from './meters.js';
+import { WIRE_RATE } from './ring-player.js';
+
+const WORKLETS = ['capture', 'player', 'tap'];
+/** Sample rates of the protocol. */
+const RATES = [8000, 16000, 24000, 32000, 44100, 48000];
+const RESUME_PATIENCE_MS = 500;
+
+/**
+ * @typedef {object} Listeners
+ * @property {(mic: number, agent: number) => void} level dBFS
+ * @property {(onsetToSilenceMs: number) => void} silence
+ * @property {(shown: import('../troubles.js').Trouble) => void} trouble
+ */
+
+export class AudioGraph {
+  /** Frames of 20 ms, s16le at `rate`, for who wants them. @type {(pcm: ArrayBuffer) => void} */
+  onFrame = () => {};
+  #context;
+  #listeners;
+  #mix;
+  #capture;
+  #clock = new BargeInClock();
+  /** @type {MediaStream | null} */
+  #stream = null;
+  /** @type {MediaStreamAudioSourceNode | null} */
+  #source = null;
+  #muted = false;
+  #closed = false;
+  #level = { mic: LEVEL_FLOOR_DBFS, agent: LEVEL_FLOOR_DBFS };
+  #echoDb;
+
+  /**
+   * Call it in a click's own turn: browsers let sound begin only there.
+   * @param {{mic: boolean, micId: string, speakerId: string, rate?: number, echoDb?: number}} options
+   *     `echoDb`, for tests: the agent's voice comes back into the microphone at this gain
+   * @param {Listeners} listeners
+   * @returns {Promise<AudioGraph>} rejects with StartFailed
+   */
+  static async open({ mic, micId, speakerId, rate = WIRE_RATE, echoDb }, listeners) {
+    if (!window.isSecureContext) throw new StartFailed(trouble('insecure_context'));
+    let context = new AudioContext({ sampleRate: rate, latencyHint: 'interactive' });
+    /** @type {MediaStream | null} */
+    let stream = null;
+    try {
+      stream = mic ? await openMicrophone(micId) : null;
+      if (stream && !fits(stream, context)) {
+        await context.close();
+        context = nativeContext();
+      }
+      await Promise.all(WORKLETS.map((name) => context.audioWorklet.addModule(worklet(name))));
+      const graph = new AudioGraph(context, listeners, echoDb);
+      if (stream) graph.#use(stream);
+      if (speakerId) await graph.setSpeaker(speakerId);
+      await graph.resume();
+      return graph;
+    } catch (error) {
+      stream?.getTracks().forEach((track) => track.stop());
+      if (context.state !== 'closed') await context.close();
+      throw error;
+    }
+  }
+
+  /** @param {AudioContext} context @param {Listeners} listeners @param {number} [echoDb] */
+  constructor(context, listeners, echoDb) {
+    this.#context = context;
+    this.#listeners = listeners;
+    this.#echoDb = echoDb;
+    this.#mix = context.createGain();
+    this.#capture = new AudioWorkletNode(context, 'capture', {
+      numberOfOutputs: 0,
+      channelCount: 1,
+      channelCountMode: 'explicit',
+    });
+    this.#capture.port.onmessage = ({ data }) => this.#onCapture(data);
+    this.#mix.connect(this.#capture);
+    context.onstatechange = () => this.#onState();
+  }
+
+  get context() {
+    return this.#context;
+  }
+
+  get rate() {
+    return this.#context.sampleRate;
+  }
+
+  /** The microphone with the injected sounds, for a room. @returns {MediaStreamTrack} */
+  createTrack() {
+    const destination = new MediaStreamAudioDestinationNode(this.#context, { channelCount: 1 });
+    this.#mix.connect(destination);
+    return destination.stream.getAudioTracks()[0];
+  }
+
+  /**
+   * A loudspeaker for the frames of the wire.
+   * @param {(message: any) => void} onMessage what the player worklet posts
+   * @returns {AudioWorkletNode}
+   */
+  createPlayer(onMessage) {
+    const player = new AudioWorkletNode(this.#context, 'player', {
+      numberOfInputs: 0,
+      outputChannelCount: [1],
+    });
+    player.port.onmessage = ({ data }) => this.#onVoice(data) || onMessage(data);
+    player.connect(this.#context.destination);
+    this.#feedBack(player);
+    return player;
+  }
+
+  /** Measure a remote track, which something else plays. @returns {() => void} stops */
+  tap(/** @type {MediaStreamTrack} */ track) {
+    const source = this.#context.createMediaStreamSource(new MediaStream([track]));
+    const tap = new AudioWorkletNode(this.#context, 'tap', {
+      numberOfOutputs: 0,
+      channelCount: 1,
+      channelCountMode: 'explicit',
+    });
+    tap.port.onmessage = ({ data }) => this.#onVoice(data);
+    source.connect(tap);
+    this.#feedBack(source);
+    return () => source.disconnect();
+  }
+
+  /** The server has silenced the agent. */
+  stopping() {
+    this.#tellSilence(this.#clock.stopping());
+  }
+
+  /** When a moment of the AudioContext is heard, on performance.now()'s clock. */
+  heardAt(/** @type {number} */ contextTime) {
+    const { contextTime: at = 0, performanceTime = 0 } = this.#context.getOutputTimestamp();
+    return performanceTime + (contextTime - at) * 1000;
+  }
+
+  /** @param {string | ArrayBuffer} sound a name, or a WAV file's bytes. Resolves when it is over. */
+  async inject(sound) {
+    const buffer = await loadSound(sound, this.#context);
+    const source = new AudioBufferSourceNode(this.#context, { buffer });
+    source.connect(this.#mix);
+    source.start();
+    await new Promise((done) => source.addEventListener('ended', done));
+  }
+
+  setMuted(/** @type {boolean} */ muted) {
+    this.#muted = muted;
+    this.#stream?.getAudioTracks().forEach((track) => (track.enabled = !muted));
+  }
+
+  /** Change the microphone while it runs. Rejects with StartFailed; the old one then stays. */
+  async setMic(/** @type {string} */ id) {
+    const stream = await openMicrophone(id);
+    if (this.#closed) stream.getTracks().forEach((track) => track.stop());
+    else this.#use(stream);
+  }
+
+  /** Without the browser's support, and for a speaker that is gone, the default one stays. */
+  async setSpeaker(/** @type {string} */ id) {
+    const context = /** @type {AudioContext & {setSinkId?: (id: string) => Promise<void>}} */ (
+      this.#context
+    );
+    await context.setSinkId?.(id === 'default' ? '' : id).catch(() => {});
+  }
+
+  /** From a click, when the browser did not let sound begin. */
+  async resume() {
+    const patience = new Promise((done) => setTimeout(done, RESUME_PATIENCE_MS));
+    await Promise.race([this.#context.resume(), patience]);
+    if (this.#context.state !== 'running') this.#listeners.trouble(trouble('autoplay'));
+  }
+
+  async close() {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#release();
+    this.#capture.port.onmessage = null;
+    await this.#context.close();
+  }
+
+  #use(/** @type {MediaStream} */ stream) {
+    const source = this.#context.createMediaStreamSource(stream);
+    this.#release();
+    this.#stream = stream;
+    this.#source = source;
+    this.setMuted(this.#muted);
+    source.connect(this.#mix);
+    stream.getAudioTracks()[0].addEventListener('ended', () => this.#onUnplugged(stream));
+  }
+
+  #release() {
+    this.#source?.disconnect();
+    this.#stream?.getTracks().forEach((track) => track.stop());
+    this.#source = this.#stream = null;
+  }
+
+  async #onUnplugged(/** @type {MediaStream} */ stream) {
+    if (this.#closed || stream !== this.#stream) return;
+    this.#release();
+    try {
+      await this.setMic('');
+      this.#listeners.trouble(trouble('mic_lost'));
+    } catch {
+      const text = 'The microphone is gone, and there is no other.';
+      this.#listeners.trouble(trouble('no_microphone', { text, fatal: false }));
+    }
+  }
+
+  /** A phone call or a sleeping machine stops the clock that everything here runs on. */
+  #onState() {
+    if (this.#closed || this.#context.state === 'running') return;
+    void this.resume();
+  }
+
+  /** A test's own echo, which no echo canceller can see. */
+  #feedBack(/** @type {AudioNode} */ voice) {
+    if (this.#echoDb === undefined) return;
+    const gain = new GainNode(this.#context, { gain: 10 ** (this.#echoDb / 20) });
+    voice.connect(gain).connect(this.#mix);
+  }
+
+  #onCapture(/** @type {any} */ message) {
+    if (message.type === 'frame') this.onFrame(message.pcm);
+    else if (message.type === 'onset') this.#clock.onset(message.at);
+    else if (message.type === 'level') {
+      this.#level.mic = message.dbfs;
+      this.#listeners.level(this.#level.mic, this.#level.agent);
+    }
+  }
+
+  /** True: it was one of the meters' messages. */
+  #onVoice(/** @type {any} */ message) {
+    if (message.type === 'level') this.#level.agent = message.dbfs;
+    else if (message.type === 'audible') this.#clock.audible();
+    else if (message.type === 'silent') this.#tellSilence(this.#clock.silent(message.at));
+    else return false;
+    return true;
+  }
+
+  #tellSilence(/** @type {number | null} */ ms) {
+    if (ms !== null) this.#listeners.silence(ms);
+  }
+}
+
+/** @param {string} name @returns {URL} */
+function worklet(name) {
+  return new URL(`./${name}-worklet.js`, import.meta.url);
+}
+
+/** Firefox does not join a microphone to a context of another rate. */
+function fits(/** @type {MediaStream} */ stream, /** @type {AudioContext} */ context) {
+  try {
+    context.createMediaStreamSource(stream).disconnect();
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** A context at the sound card's own rate, if the server takes it. Throws StartFailed. */
+function nativeContext() {
+  const context = new AudioContext({ latencyHint: 'interactive' });
+  if (RATES.includes(context.sampleRate)) return context;
+  void context.close();
+  const text = `The sound card runs at ${context.sampleRate} Hz, which the server does not take.`;
+  throw new StartFailed(trouble('mic_busy', { text }));
+}
