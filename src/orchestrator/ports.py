@@ -228,6 +228,10 @@ class MicSink(Protocol):
 
     def on_model_switch(self, model: str, voice: str) -> None: ...
 
+    def on_presence(self, *, here: bool) -> None:
+        """Whether the user can hear now. Not told by a transport that ends when it breaks."""
+        ...
+
 
 class SessionObserver(Protocol):
     """Where a session reports what it measured. Never text, never audio."""

@@ -77,6 +77,9 @@ class ScriptedSession:
     def on_model_switch(self, model: str, voice: str) -> None:
         self.switches.append((model, voice))
 
+    def on_presence(self, *, here: bool) -> None:
+        raise AssertionError("a socket that is lost ends its session")
+
 
 class FakeModels:
     async def models(self) -> list[dict[str, Any]]:
