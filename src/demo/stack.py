@@ -23,10 +23,18 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from src.common.embedded_redis import redis_url_or_embedded
+from src.common.livekit_server import FIXED_PORTS as LIVEKIT_PORTS
+from src.common.livekit_server import (
+    LiveKitPorts,
+    LiveKitServer,
+    LiveKitUnavailable,
+    find_binary,
+)
 from src.common.processes import Child, ProcessFailed, free_port, is_free
 from src.common.tasks import TaskGroup
 
 ROOT = Path(__file__).resolve().parents[2]
+LIVEKIT_CLIENT = ROOT / "src" / "client" / "web" / "vendor" / "livekit-client.esm.mjs"
 READY_S = 90.0
 Report = Callable[[str], None]
 
@@ -37,13 +45,14 @@ class Ports:
     worker: int
     orchestrator: int
     llm: int
+    livekit: LiveKitPorts
 
     @classmethod
     def free(cls) -> Ports:
-        return cls(free_port(), free_port(), free_port(), free_port())
+        return cls(free_port(), free_port(), free_port(), free_port(), LiveKitPorts.free())
 
 
-FIXED_PORTS = Ports(redis=6379, worker=7001, orchestrator=8080, llm=8091)
+FIXED_PORTS = Ports(redis=6379, worker=7001, orchestrator=8080, llm=8091, livekit=LIVEKIT_PORTS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class StackOptions:
     worker_args: tuple[str, ...] = ()
     orchestrator_args: tuple[str, ...] = ()
     orchestrator_module: str = "src.orchestrator.server"
+    livekit: bool = False
+    """Rooms too, if there is a server for them; without one the WebSocket is all."""
 
 
 @dataclass
@@ -69,6 +80,12 @@ class Stack:
     redis_url: str
     llm_base_url: str
     children: dict[str, Child]
+    livekit: dict[str, str] | None = None
+    """The LIVEKIT_* variables of the server whose rooms are served; None: there are no rooms."""
+
+    @property
+    def page_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.orchestrator}/"
 
     @property
     def ws_url(self) -> str:
@@ -109,6 +126,8 @@ async def running_stack(options: StackOptions, report: Report) -> AsyncIterator[
         )
         async with TaskGroup() as starting:
             starting.create_task(_start_worker(stack, options, report, cleanup))
+            if options.livekit:
+                starting.create_task(find_rooms(stack, options.log_dir, report, cleanup))
             if not stack.llm_base_url and _has_llm():
                 stack.llm_base_url = f"http://127.0.0.1:{options.ports.llm}/v1"
                 starting.create_task(_start_llm(stack, options, report, cleanup))
@@ -149,6 +168,35 @@ async def _start_llm(
     report(f"language model SmolLM2-135M at {base}/v1, {time.monotonic() - began:.1f} s")
 
 
+async def find_rooms(stack: Stack, log_dir: Path, report: Report, cleanup: AsyncExitStack) -> None:
+    """LIVEKIT_URL's server, else one of our own, else none, which is said and is no failure."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("LIVEKIT_")}
+    if url := given.get("LIVEKIT_URL"):
+        stack.livekit = given
+        report(f"LiveKit       {url} (by LIVEKIT_URL)")
+        return
+    try:
+        server = await _start_livekit(stack.ports.livekit, log_dir)
+    except LiveKitUnavailable as error:
+        report(f"LiveKit       {error}; on WebSocket only")
+        return
+    cleanup.push_async_callback(server.close)
+    stack.children["livekit-server"] = server.child
+    stack.livekit = server.environ
+    report(f"LiveKit       rooms at {server.url}")
+
+
+async def _start_livekit(ports: LiveKitPorts, log_dir: Path) -> LiveKitServer:
+    find_binary()
+    for port in (ports.http, ports.tcp):
+        if not is_free(port):
+            raise LiveKitUnavailable(
+                f"port {port} is taken: if a LiveKit server has it, set LIVEKIT_URL, "
+                "LIVEKIT_API_KEY and LIVEKIT_API_SECRET"
+            )
+    return await LiveKitServer.start(log_dir / "livekit-server.log", ports)
+
+
 async def _start_worker(
     stack: Stack, options: StackOptions, report: Report, cleanup: AsyncExitStack
 ) -> None:
@@ -167,6 +215,9 @@ async def _start_orchestrator(
     argv = [sys.executable, "-m", options.orchestrator_module, "--ws", "--host", "127.0.0.1"]
     argv += ["--port", str(options.ports.orchestrator), *options.orchestrator_args]
     env = {"REDIS_URL": stack.redis_url, "LLM_BASE_URL": stack.llm_base_url}
+    if stack.livekit is not None:
+        argv.append("--livekit")
+        env |= stack.livekit
     child = await _start(stack, "orchestrator", argv, options, cleanup, env)
     ready = f"http://127.0.0.1:{options.ports.orchestrator}/readyz"
     await child.ready(lambda: _http_ok(ready), READY_S)
@@ -208,9 +259,9 @@ async def up(log_dir: Path) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
-    options = StackOptions(ports=FIXED_PORTS, log_dir=log_dir)
+    options = StackOptions(ports=FIXED_PORTS, log_dir=log_dir, livekit=True)
     async with running_stack(options, lambda line: print(f"  {line}", flush=True)) as stack:
-        print(f"\nup. Talk to it:  just cli {stack.ws_url}\nlogs in {log_dir}; Ctrl-C stops all.")
+        print(_how_to_talk(stack, log_dir), flush=True)
         ends = [asyncio.create_task(child.wait()) for child in stack.children.values()]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -221,6 +272,13 @@ async def up(log_dir: Path) -> None:
         for child in stack.children.values():
             if not child.running and not stop.is_set():
                 raise ProcessFailed(f"{child.name} ended; see {child.log}")
+
+
+def _how_to_talk(stack: Stack, log_dir: Path) -> str:
+    lines = ["", f"up. Talk to it:  {stack.page_url}  or  just cli {stack.ws_url}"]
+    if stack.livekit is not None and not LIVEKIT_CLIENT.exists():
+        lines.append("browser page without LiveKit: just web-deps")
+    return "\n".join([*lines, f"logs in {log_dir}; Ctrl-C stops all."])
 
 
 def main() -> None:
