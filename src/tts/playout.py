@@ -34,6 +34,10 @@ class PlayoutPolicy:
     lead_ms: int = 60
     overflow: Overflow = Overflow.STALL
 
+    def ahead(self, lead_ms: int) -> PlayoutPolicy:
+        """For a listener with a queue of its own; 0 leaves everything as it is."""
+        return replace(self, burst_ms=lead_ms, lead_ms=lead_ms) if lead_ms else self
+
     @property
     def capacity(self) -> int:
         return max(1, self.queue_ms // FRAME_MS)

@@ -33,12 +33,19 @@ class Session:
     """All calls are made on the event loop. Everything but `close` and `synthesize` is instant."""
 
     def __init__(
-        self, session_id: str, lease: Lease, spec: VoiceSpec, codec: pb.Codec, stage: Stage
+        self,
+        session_id: str,
+        lease: Lease,
+        spec: VoiceSpec,
+        codec: pb.Codec,
+        stage: Stage,
+        lead_ms: int = 0,
     ) -> None:
         self.session_id = session_id
         self.lease = lease
         self.spec = spec
         self.codec = codec
+        self.lead_ms = lead_ms
         self.frames = 0
         self._stage = stage
         self._closed = False
@@ -74,7 +81,8 @@ class Session:
                 "STOP it or wait for its end"
             )
         self.lease.touch()
-        utterance = Utterance(utterance_id, self.lease, self._voicing(), self._stage)
+        voicing = self._voicing()
+        utterance = Utterance(utterance_id, self.lease, voicing, self._stage, self.lead_ms)
         self._calls[utterance] = asyncio.current_task()
         self._idle.clear()
         self._apply_early(utterance)

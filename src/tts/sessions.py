@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_MS = 2_000
 MAX_ID_CHARS = 128
+MAX_LEAD_MS = 10_000
 
 
 class Sessions:
@@ -59,6 +60,8 @@ class Sessions:
 
     async def start(self, request: pb.StartSessionReq) -> Session:
         """A new session, or the same one with its lease renewed."""
+        if request.lead_ms > MAX_LEAD_MS:
+            raise InvalidArgument(f"lead_ms may be at most {MAX_LEAD_MS}")
         known = self._sessions.get(request.session_id)
         if known is not None:
             return _renewed(known, request)
@@ -128,7 +131,7 @@ class Sessions:
         except BaseException:
             await lease.release()
             raise
-        return Session(session_id, lease, spec, _codec(request), self.stage)
+        return Session(session_id, lease, spec, _codec(request), self.stage, request.lead_ms)
 
     def _expired(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
@@ -156,6 +159,8 @@ def _renewed(session: Session, request: pb.StartSessionReq) -> Session:
         session.spec = _checked(session.lease, asked)
     if request.codec:
         session.codec = request.codec
+    if request.lead_ms:
+        session.lead_ms = request.lead_ms
     return session
 
 

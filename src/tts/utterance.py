@@ -41,7 +41,9 @@ class Stage:
 class Utterance:
     """Made when its first chunk arrives; `run` lasts as long as the call. Controls never wait."""
 
-    def __init__(self, utterance_id: str, lease: Lease, voicing: Voicing, stage: Stage) -> None:
+    def __init__(
+        self, utterance_id: str, lease: Lease, voicing: Voicing, stage: Stage, lead_ms: int = 0
+    ) -> None:
         self.utterance_id = utterance_id
         self.ended = False
         """The end marker is on its way, so the session is free for the next utterance."""
@@ -49,7 +51,7 @@ class Utterance:
         self._voicing = voicing
         self._stage = stage
         self._alarm = Alarm()
-        self._playout = Playout(stage.policy)
+        self._playout = Playout(stage.policy.ahead(lead_ms))
         self._frames = FrameQueue(self._playout, stage.clock, self._alarm)
         self._intake = TextIntake(
             lease.session_id, utterance_id, incremental=voicing.incremental_text

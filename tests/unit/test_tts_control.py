@@ -15,6 +15,7 @@ from src.rpc.generated import tts_pb2 as pb
 from src.tts.intake import MAX_TEXT_CHARS, TextIntake
 from src.tts.playout import Overflow, PlayoutPolicy
 from src.tts.pool import MAX_WAITING
+from src.tts.sessions import MAX_LEAD_MS
 from tests.unit.tone_worker import (
     FRAMES_PER_WORD,
     Call,
@@ -91,6 +92,15 @@ async def test_mixed_scripts_and_control_characters_keep_their_places(worker: To
     words = [w for f in frames for w in f.words]
     assert [text[w.char_start : w.char_end] for w in words][-1] == "end"
     assert len(words) >= 4
+
+
+async def test_a_session_may_ask_for_a_lead_of_its_own(worker: ToneWorker) -> None:
+    await worker.start("s2", lead_ms=MAX_LEAD_MS)
+    # Eight seconds of speech; less than one of them passes.
+    frames = await asyncio.wait_for(worker.speak(LONG * 2, "u1", "s2").rest(), 5)
+    assert len(frames) > 2 * 40 * FRAMES_PER_WORD - FRAMES_PER_WORD
+    greedy = await refusal(worker.start("s3", lead_ms=MAX_LEAD_MS + 1))
+    assert isinstance(greedy, errors.InvalidArgument)
 
 
 # --- control ---

@@ -122,6 +122,7 @@ class ToneWorker:
     stub: tts_pb2_grpc.TTSStub
     lease_clock: ManualClock
     reloads: list[str] = field(default_factory=list)
+    target: str = ""
 
     async def start(self, session_id: str = "s1", **asked: object) -> pb.StartSessionResp:
         request = pb.StartSessionReq(session_id=session_id, **asked)  # type: ignore[arg-type]
@@ -206,7 +207,8 @@ async def tone_worker(
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = tts_pb2_grpc.TTSStub(channel)  # type: ignore[no-untyped-call]
-            yield ToneWorker(model, manager, sessions, pool, stub, lease_clock, reloads)
+            target = f"127.0.0.1:{port}"
+            yield ToneWorker(model, manager, sessions, pool, stub, lease_clock, reloads, target)
     finally:
         model.go.set()
         await server.stop(None)

@@ -65,7 +65,7 @@ UNLOADING: ModelState
 FAILED: ModelState
 
 class StartSessionReq(_message.Message):
-    __slots__ = ("session_id", "model_id", "voice", "language", "codec", "settings", "priority", "owner", "lease_ttl_ms")
+    __slots__ = ("session_id", "model_id", "voice", "language", "codec", "settings", "priority", "owner", "lease_ttl_ms", "lead_ms")
     class SettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class StartSessionReq(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAD_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model_id: str
     voice: str
@@ -91,7 +92,8 @@ class StartSessionReq(_message.Message):
     priority: Priority
     owner: str
     lease_ttl_ms: int
-    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., voice: _Optional[str] = ..., language: _Optional[str] = ..., codec: _Optional[_Union[Codec, str]] = ..., settings: _Optional[_Mapping[str, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., owner: _Optional[str] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+    lead_ms: int
+    def __init__(self, session_id: _Optional[str] = ..., model_id: _Optional[str] = ..., voice: _Optional[str] = ..., language: _Optional[str] = ..., codec: _Optional[_Union[Codec, str]] = ..., settings: _Optional[_Mapping[str, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., owner: _Optional[str] = ..., lease_ttl_ms: _Optional[int] = ..., lead_ms: _Optional[int] = ...) -> None: ...
 
 class StartSessionResp(_message.Message):
     __slots__ = ("session_id", "model_id", "family", "voice", "language", "codec", "sample_rate", "frame_ms", "native_sample_rate", "lease_ttl_ms", "fallback", "fallback_reason", "words_estimated")
