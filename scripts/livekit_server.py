@@ -96,7 +96,7 @@ def find_go(module: Path, env: Mapping[str, str]) -> str:
     needed = wanted_go(module)
     go = shutil.which("go", path=env.get("PATH", ""))
     if go is None:
-        raise CannotBuild(f"livekit-server is built with Go {needed}, and there is none; {GET_GO}")
+        raise CannotBuild(f"it is built with Go {needed}, and there is none; {GET_GO}")
     # In the module's folder, where Go replaces itself by the version wanted if it is allowed to.
     asked = subprocess.run(  # noqa: S603
         [go, "env", "GOVERSION"], cwd=module, env=dict(env), capture_output=True, text=True
@@ -104,7 +104,7 @@ def find_go(module: Path, env: Mapping[str, str]) -> str:
     found = asked.stdout.strip().removeprefix("go")
     if asked.returncode != 0 or _numbers(found) < _numbers(needed):
         have = found or asked.stderr.strip() or "something else"
-        raise CannotBuild(f"livekit-server needs Go {needed}; {go} is {have}; {GET_GO}")
+        raise CannotBuild(f"it needs Go {needed}; {go} is {have}; {GET_GO}")
     return go
 
 
