@@ -13,7 +13,7 @@ default:
 demo *ARGS:
     uv run python -m src.demo.run {{ARGS}}
 
-# Registry, language model, worker and orchestrator together; stays up until Ctrl-C.
+# Registry, language model, LiveKit server (if there is one), worker and orchestrator; up until Ctrl-C.
 up *ARGS:
     uv run python -m src.demo.stack {{ARGS}}
 
