@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUND = {"common": set[str](), "audio": set[str](), "rpc": {"common"}}
-ROOMS = {room: {"common", "audio", "rpc"} for room in ("tts", "orchestrator", "client")}
+ROOMS = {
+    room: {"common", "audio", "rpc"} for room in ("tts", "orchestrator", "client", "livekit_plugin")
+}
 MAY_IMPORT = {**GROUND, **ROOMS}
 
 # A worker must start where none of these is installed.
@@ -79,6 +81,17 @@ def test_the_worker_slice_imports_no_heavy_package_up_front(room: str) -> None:
         if name.partition(".")[0] in HEAVY
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_livekit_stays_where_rooms_and_its_plugin_are() -> None:
+    places = ("orchestrator/rooms/", "livekit_plugin/", "demo/room_user.py")
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        if not str(path.relative_to(ROOT / "src")).startswith(places)
+        and any(name.partition(".")[0] == "livekit" for name in imported(parse(path)))
+    ]
+    assert not wrong
 
 
 def test_this_test_sees_a_wrong_import(tmp_path: Path) -> None:
