@@ -14,26 +14,30 @@ from src.orchestrator.http_api import (
 )
 from src.orchestrator.metrics import Metrics
 from src.orchestrator.ws_endpoint import WsEndpoint
+from src.rpc.errors import NotFound
 
 SESSION = "/v1/session"
+NO_WEBSOCKET = "this server takes sessions in LiveKit rooms only; start it with --ws for this"
 
 
 def make_app(
     *,
     api: HttpApi,
-    sessions: WsEndpoint,
+    sessions: WsEndpoint | None,
     keys: ApiKeys,
     metrics: Metrics,
     allowed_origins: tuple[str, ...] = (),
     llm_host: Handler | None = None,
 ) -> web.Application:
-    """Errors outermost, then who may come in, then the routes."""
+    """Errors outermost, then who may come in, then the routes. `sessions` None: rooms only."""
     app = web.Application(
         middlewares=[error_middleware(metrics), auth_middleware(keys, allowed_origins)]
     )
     api.add_to(app)
 
     async def session(request: web.Request) -> web.StreamResponse:
+        if sessions is None:
+            raise NotFound(NO_WEBSOCKET)
         return await sessions.handle(request, keys.check(presented_key(request.headers)))
 
     app.router.add_get(SESSION, session)

@@ -96,11 +96,22 @@ def check_origin(origin: str, allowed: Iterable[str], *, key_required: bool) -> 
     raise Unauthenticated(f"origin {origin} is not allowed; add it to server.allowed_origins")
 
 
+def check_fetch_site(headers: Mapping[str, str], *, key_required: bool) -> None:
+    """Without a key, refuse what another site's page makes a browser fetch.
+
+    An image or a script is fetched without an Origin, but a browser says where the wish came from.
+    Raises Unauthenticated.
+    """
+    foreign = headers.get("Sec-Fetch-Site", "") == "cross-site"
+    if foreign and not key_required and not headers.get("Origin"):
+        raise Unauthenticated("a page of another site may not use this server without an API key")
+
+
 class SessionSlots:
     """How many sessions there may be, in all and per key."""
 
     def __init__(self, max_sessions: int, max_sessions_per_key: int) -> None:
-        self._max = max_sessions
+        self.max_sessions = max_sessions
         self._max_per_key = max_sessions_per_key
         self._held: dict[str, int] = {}
 
@@ -110,9 +121,9 @@ class SessionSlots:
 
     def take(self, who: str, *, retry_after_ms: int = 5_000) -> None:
         """Raises Exhausted."""
-        if self.held >= self._max:
+        if self.held >= self.max_sessions:
             raise Exhausted(
-                f"all {self._max} sessions are taken; try again later",
+                f"all {self.max_sessions} sessions are taken; try again later",
                 retry_after_ms=retry_after_ms,
             )
         mine = self._held.get(who, 0)

@@ -23,7 +23,10 @@ from src.orchestrator.ws_inbound import InboundLimits
 from src.orchestrator.ws_transport import OutboundLimits
 
 DEFAULT_CONFIG = Path("configs/orchestrator.yaml")
-NO_ROOMS = "LiveKit rooms are not part of this build"
+HOW_TO_GET_ROOMS = (
+    "set LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET (or `livekit:` in the configuration) "
+    "and start with --livekit; `just livekit-server` makes a server on this machine"
+)
 
 _KEY_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-.^_`|~"
@@ -168,6 +171,16 @@ def orchestrator_config(
     return config.model_copy(update={"llm": config.llm.with_env(environ)})
 
 
+def missing_for_rooms(settings: LiveKitSettings) -> list[str]:
+    """The settings that rooms cannot do without and that are empty, by their environment names."""
+    values = {
+        "LIVEKIT_URL": settings.url,
+        "LIVEKIT_API_KEY": settings.api_key,
+        "LIVEKIT_API_SECRET": settings.api_secret.get_secret_value(),
+    }
+    return [name for name, value in values.items() if not value]
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if url := environ.get("REDIS_URL"):
@@ -193,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     flags.add_argument("--ws", action="store_true", help="serve the WebSocket and the HTTP API")
-    flags.add_argument("--livekit", action="store_true", help="join LiveKit rooms")
+    flags.add_argument("--livekit", action="store_true", help="take sessions in LiveKit rooms")
     flags.add_argument("--config", type=_existing, default=DEFAULT_CONFIG, help="YAML file")
     flags.add_argument("--host", help="address to listen on; others than loopback need an API key")
     flags.add_argument("--port", type=int, help="port to listen on; 0: any free one")

@@ -7,14 +7,14 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
 
 from src.orchestrator import metrics as metrics_module
-from src.orchestrator.auth import ApiKeys, check_origin, presented_key
+from src.orchestrator.auth import ApiKeys, check_fetch_site, check_origin, presented_key
 from src.orchestrator.metrics import Metrics
+from src.orchestrator.web_page import WEB, WebPage
 from src.rpc.errors import DuplexError, Internal, InvalidArgument, NotFound
 from src.rpc.ws_events import json_schema
 
@@ -23,9 +23,13 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 HEALTH, READY, LLM_HOST = "/healthz", "/readyz", "/v1/llm"
-_WEB = "/web/"
+TRANSPORTS, TOKEN = "/v1/transports", "/v1/livekit/token"
+_OPEN = ("/", HEALTH, READY, TRANSPORTS, LLM_HOST)
+_WHY_DOWN = "the LiveKit server does not answer, or refuses this one; /readyz and the log say more"
 _PLACES = (
     ("/v1/session", "a spoken session (WebSocket; docs/protocol.md)"),
+    (TOKEN, "a spoken session in a LiveKit room: a token for it (docs/livekit.md)"),
+    (TRANSPORTS, "which of the two there are"),
     ("/v1/protocol.json", "its events as a JSON schema"),
     ("/v1/models", "models of the fleet; POST /v1/models/ID/load and /unload"),
     (LLM_HOST, "language-model hosts connect here (WebSocket)"),
@@ -41,6 +45,8 @@ class Check:
 
     ok: bool
     text: str
+    needed: bool = True
+    """False: without it the server is ready all the same."""
 
 
 Checks = Mapping[str, Callable[[], Check]]
@@ -51,12 +57,24 @@ class ModelAdmin(Protocol):
 
     async def models(self) -> list[dict[str, Any]]: ...
 
+    def workers(self) -> list[dict[str, Any]]: ...
+
     async def load(self, model_id: str) -> dict[str, Any]:
         """Raises UnknownName, Unavailable, Exhausted, CorruptModel."""
         ...
 
     async def unload(self, model_id: str) -> dict[str, Any]:
         """Raises UnknownName, InUse."""
+        ...
+
+
+class TokenDesk(Protocol):
+    """`Rooms`, where there are rooms."""
+
+    def check(self) -> Check: ...
+
+    async def token(self, request: web.Request, who: str) -> web.Response:
+        """Raises DuplexError."""
         ...
 
 
@@ -68,18 +86,24 @@ class HttpApi:
         checks: Checks,
         metrics: Metrics,
         models: ModelAdmin,
-        web_root: Path | None = None,
+        page: WebPage | None = None,
+        rooms: TokenDesk | None = None,
+        no_rooms: str = "",
+        websocket: bool = True,
     ) -> None:
+        """`no_rooms`: why there are none, and how to get them."""
         self._keys = keys
         self._checks = checks
         self._metrics = metrics
         self._models = models
-        self._web_root = web_root if web_root and (web_root / "index.html").is_file() else None
+        self._page = page if page and page.exists else None
+        self._rooms = rooms
+        self._no_rooms = no_rooms or "this server takes part in no LiveKit rooms"
+        self._websocket = websocket
         self._schema = json.dumps(json_schema())
 
     def add_to(self, app: web.Application) -> None:
         router = app.router
-        router.add_get("/", self.index)
         router.add_get(HEALTH, self.healthz)
         router.add_get(READY, self.readyz)
         router.add_get("/metrics", self.metrics)
@@ -87,12 +111,16 @@ class HttpApi:
         router.add_get("/v1/models", self.list_models)
         router.add_post("/v1/models/{model_id}/load", self.load_model)
         router.add_post("/v1/models/{model_id}/unload", self.unload_model)
-        if self._web_root:
-            router.add_static(_WEB, self._web_root)
+        router.add_get(TRANSPORTS, self.transports)
+        router.add_get(TOKEN, self.token)
+        router.add_post(TOKEN, self.token)
+        if self._page:
+            self._page.add_to(app)
+        else:
+            router.add_get("/", self.index)
 
     async def index(self, request: web.Request) -> web.StreamResponse:
-        if self._web_root:
-            return web.FileResponse(self._web_root / "index.html")
+        """Where there is no page: what is here."""
         width = max(len(place) for place, _ in _PLACES)
         lines = [f"{place:<{width}}  {what}" for place, what in _PLACES]
         return web.Response(text="\n".join(["Realtime duplex voice", "", *lines, ""]))
@@ -103,7 +131,7 @@ class HttpApi:
     async def readyz(self, request: web.Request) -> web.Response:
         """Open to probes; what is behind it is told only to those with a key."""
         found = {name: check() for name, check in self._checks.items()}
-        ready = all(check.ok for check in found.values())
+        ready = all(check.ok or not check.needed for check in found.values())
         body: dict[str, Any] = {"ready": ready}
         if self._keys.accepts(presented_key(request.headers)):
             body["checks"] = {
@@ -119,13 +147,27 @@ class HttpApi:
         return web.Response(text=self._schema, content_type="application/schema+json")
 
     async def list_models(self, request: web.Request) -> web.Response:
-        return web.json_response({"models": await self._models.models()})
+        body = {"models": await self._models.models(), "workers": self._models.workers()}
+        return web.json_response(body)
 
     async def load_model(self, request: web.Request) -> web.Response:
         return web.json_response(await self._models.load(request.match_info["model_id"]))
 
     async def unload_model(self, request: web.Request) -> web.Response:
         return web.json_response(await self._models.unload(request.match_info["model_id"]))
+
+    async def transports(self, request: web.Request) -> web.Response:
+        """Open, as the page is: it asks before it has a key. `why` names no address."""
+        livekit = self._rooms is not None and self._rooms.check().ok
+        why = "" if livekit else _WHY_DOWN if self._rooms else self._no_rooms
+        body = {"ws": self._websocket, "livekit": livekit, "why": why, "key": self._keys.required}
+        return web.json_response(body, headers={"Cache-Control": "no-store"})
+
+    async def token(self, request: web.Request) -> web.Response:
+        who = self._keys.check(presented_key(request.headers))
+        if self._rooms is None:
+            raise NotFound(self._no_rooms)
+        return await self._rooms.token(request, who)
 
 
 def error_response(error: DuplexError, status: int | None = None) -> web.Response:
@@ -173,7 +215,8 @@ def auth_middleware(keys: ApiKeys, allowed_origins: tuple[str, ...]) -> Any:
         origin = request.headers.get("Origin", "")
         check_origin(origin, allowed_origins, key_required=keys.required)
         path = request.path
-        if path not in ("/", HEALTH, READY, LLM_HOST) and not path.startswith(_WEB):
+        if path not in _OPEN and not path.startswith(WEB):
+            check_fetch_site(request.headers, key_required=keys.required)
             keys.check(presented_key(request.headers))
         return await handler(request)
 

@@ -79,6 +79,10 @@ class Metrics:
             "duplex_frames_kept", "Frames held back or not yet heard", registry=registry
         )
         self.workers = Gauge("duplex_workers", "TTS workers known", registry=registry)
+        self.rooms = Gauge("duplex_rooms", "LiveKit rooms we are in", registry=registry)
+        self.rooms_joined = Counter(
+            "duplex_rooms_joined", "LiveKit rooms we set out for", registry=registry
+        )
         self.refused = Counter(
             "duplex_refused",
             "Requests, sessions and messages that were refused, by error code",
@@ -92,6 +96,10 @@ class Metrics:
     def count_workers(self, known: Callable[[], int]) -> None:
         """Ask `known` at every scrape."""
         self.workers.set_function(lambda: float(known()))
+
+    def count_rooms(self, live: Callable[[], int]) -> None:
+        """Ask `live` at every scrape."""
+        self.rooms.set_function(lambda: float(live()))
 
     def expose(self) -> bytes:
         return generate_latest(self.registry)

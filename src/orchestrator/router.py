@@ -58,15 +58,20 @@ class FleetModel:
     fallback: bool
     load_progress: float
     error: str
+    refcount: int = 0
+    """Sessions that hold it, on all workers together."""
+    idle_ms: int = 0
+    """Since anybody last held it."""
+    ttl_left_ms: int = -1
+    """Until the last worker that has it lets it go; -1: never for idleness, or not resident."""
+    estimated_vram_gb: float = 0.0
+    measured_vram_gb: float = 0.0
+    """Of one copy; 0 until measured."""
 
     def as_json(self) -> dict[str, Any]:
-        listed = ("languages", "voices", "tags", "default_of")
-        plain = ("family", "state", "workers", "licence", "fallback", "load_progress", "error")
-        return {
-            "id": self.model_id,
-            **{key: getattr(self, key) for key in plain},
-            **{key: list(getattr(self, key)) for key in listed},
-        }
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "model_id"}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {"id": self.model_id, **listed}
 
 
 class SpeechRouter:
@@ -230,6 +235,9 @@ class SpeechRouter:
     async def models(self) -> list[dict[str, Any]]:
         return [model.as_json() for model in await self.fleet_models()]
 
+    def workers(self) -> list[dict[str, Any]]:
+        return [_worker_json(view) for view in self._registry.view()]
+
     async def load(self, model_id: str) -> dict[str, Any]:
         return (await self.load_model(model_id)).as_json()
 
@@ -328,6 +336,8 @@ def _merge(found: list[tuple[str, pb.ModelInfo]]) -> FleetModel:
     workers = {name: _STATES.get(model.state, "cold") for name, model in found}
     models = [model for _, model in found]
     loading = [model.load_progress for model in models if model.state == pb.LOADING]
+    resident = [model for model in models if model.state == pb.RESIDENT]
+    ttls = [model.ttl_left_ms for model in resident]
     return FleetModel(
         model_id=models[0].model_id,
         family=_first(model.family for model in models),
@@ -341,7 +351,25 @@ def _merge(found: list[tuple[str, pb.ModelInfo]]) -> FleetModel:
         fallback=all(model.fallback for model in models),
         load_progress=max(loading, default=0.0),
         error=_first(model.error for model in models),
+        refcount=sum(model.refcount for model in models),
+        idle_ms=min((model.idle_ms for model in resident), default=0),
+        ttl_left_ms=-1 if not ttls or min(ttls) < 0 else max(ttls),
+        estimated_vram_gb=round(max(model.estimated_vram_gb for model in models), 3),
+        measured_vram_gb=round(max(model.measured_vram_gb for model in models), 3),
     )
+
+
+def _worker_json(view: WorkerView) -> dict[str, Any]:
+    record = view.announcement
+    return {
+        "name": view.name,
+        "gpu": record.hardware.gpu,
+        "vram_gb": record.hardware.vram_gb,
+        "sessions": record.metrics.sessions,
+        "max_sessions": record.max_sessions,
+        "draining": record.draining,
+        "version": record.version,
+    }
 
 
 def _first(values: Iterable[str]) -> str:

@@ -10,8 +10,9 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -27,8 +28,9 @@ from src.orchestrator.app import make_app
 from src.orchestrator.asr import make_recognizer
 from src.orchestrator.auth import ApiKeys, SessionSlots
 from src.orchestrator.config import (
-    NO_ROOMS,
+    HOW_TO_GET_ROOMS,
     OrchestratorConfig,
+    missing_for_rooms,
     orchestrator_config,
     overrides_from,
     parser,
@@ -38,16 +40,19 @@ from src.orchestrator.http_api import Check, HttpApi
 from src.orchestrator.llm_bridge import make_bridge
 from src.orchestrator.llm_host import HostHub
 from src.orchestrator.metrics import Metrics
-from src.orchestrator.ports import Recognizer, VoiceRequest
+from src.orchestrator.ports import Recognizer, Transport, VoiceRequest
 from src.orchestrator.registry import Registry
 from src.orchestrator.router import SpeechRouter
 from src.orchestrator.routing import HOW_TO_START, RoutingPolicy
 from src.orchestrator.session import DuplexSession
 from src.orchestrator.vad import VoiceActivityDetector
+from src.orchestrator.web_page import WebPage
 from src.orchestrator.ws_endpoint import WsEndpoint
-from src.orchestrator.ws_transport import WsTransport
 from src.rpc.errors import DuplexError, NotFound, Unavailable
 from src.rpc.ws_events import SessionStart
+
+if TYPE_CHECKING:
+    from src.orchestrator.rooms.rooms import Rooms
 
 log = logging.getLogger("src.orchestrator.server")
 
@@ -74,6 +79,8 @@ class Orchestrator:
         self._recognizer: Recognizer | None = None
         self._recogniser_note = "loading"
         self._registry_name = ""
+        self._endpoint: WsEndpoint | None = None
+        self._rooms: Rooms | None = None
         self._stop = asyncio.Event()
         self._failure: CannotStart | None = None
 
@@ -91,19 +98,20 @@ class Orchestrator:
             )
             cleanup.push_async_callback(self._speech.aclose)
             self._metrics.count_workers(lambda: len(registry.view()))
-            endpoint = self._endpoint()
-            site, port = await self._listen(endpoint, cleanup)
+            self._open_transports()
+            site, port = await self._listen(cleanup)
             await self._open_host_port(cleanup)
             async with TaskGroup() as tasks:
                 background = [
                     tasks.create_task(registry.run(), name="registry"),
                     tasks.create_task(self._load_recognizer(cleanup), name="recogniser"),
                 ]
+                if self._rooms is not None:
+                    background.append(tasks.create_task(self._rooms.run(), name="rooms"))
                 ready(port)
                 await self._stop.wait()
-                log.info("draining", extra={"sessions": endpoint.live})
                 await site.stop()
-                await endpoint.drain(self._config.server.drain_ms)
+                await self._drain()
                 await self._hosts.aclose()
                 for task in background:
                     task.cancel()
@@ -112,31 +120,61 @@ class Orchestrator:
 
     # --- parts ---
 
-    def _endpoint(self) -> WsEndpoint:
-        limits = self._config.limits
+    def _open_transports(self) -> None:
+        """Both count in the same slots. Raises CannotStart."""
+        limits, transport = self._config.limits, self._config.transport
         slots = SessionSlots(limits.max_sessions, limits.max_sessions_per_key)
-        return WsEndpoint(self._make_session, slots, limits.endpoint, self._metrics, self._clock)
+        if transport.ws_fallback:
+            self._endpoint = WsEndpoint(
+                self._make_session, slots, limits.endpoint, self._metrics, self._clock
+            )
+        if transport.webrtc:
+            self._rooms = self._make_rooms(slots)
 
-    async def _listen(
-        self, endpoint: WsEndpoint, cleanup: AsyncExitStack
-    ) -> tuple[web.TCPSite, int]:
+    def _make_rooms(self, slots: SessionSlots) -> Rooms:
+        """Only here is LiveKit's SDK imported: who has no rooms does without it."""
+        from src.orchestrator.rooms.agent_server import IncompatibleAgents
+        from src.orchestrator.rooms.rooms import Rooms
+
+        try:
+            return Rooms(
+                self._config.livekit,
+                self._make_session,
+                slots,
+                self._metrics,
+                self._clock,
+                can_begin=self._need_recognizer,
+            )
+        except IncompatibleAgents as error:
+            raise CannotStart(str(error)) from error
+
+    async def _drain(self) -> None:
+        drain_ms = self._config.server.drain_ms
+        async with TaskGroup() as tasks:
+            if self._endpoint is not None:
+                log.info("draining", extra={"websockets": self._endpoint.live})
+                tasks.create_task(self._endpoint.drain(drain_ms), name="websockets drain")
+            if self._rooms is not None:
+                log.info("draining", extra={"rooms": self._rooms.live})
+                tasks.create_task(self._rooms.drain(drain_ms), name="rooms drain")
+
+    async def _listen(self, cleanup: AsyncExitStack) -> tuple[web.TCPSite, int]:
         server = self._config.server
+        livekit_url = self._config.livekit.client_url if self._rooms else ""
         api = HttpApi(
             keys=self._keys,
-            checks={
-                "registry": self._check_registry,
-                "workers": self._check_workers,
-                "recogniser": self._check_recognizer,
-                "language model": lambda: Check(True, self._bridge.name),
-            },
+            checks=self._checks(),
             metrics=self._metrics,
             models=self._speech,
-            web_root=WEB_ROOT,
+            page=WebPage(WEB_ROOT, livekit_url),
+            rooms=self._rooms,
+            no_rooms=f"no LiveKit rooms here: {HOW_TO_GET_ROOMS}",
+            websocket=self._endpoint is not None,
         )
         hosts = self._hosts.ws_handler(self._keys.accepts)
         app = make_app(
             api=api,
-            sessions=endpoint,
+            sessions=self._endpoint,
             keys=self._keys,
             metrics=self._metrics,
             allowed_origins=server.allowed_origins,
@@ -213,6 +251,19 @@ class Orchestrator:
 
     # --- readiness ---
 
+    def _checks(self) -> dict[str, Callable[[], Check]]:
+        checks = {
+            "registry": self._check_registry,
+            "workers": self._check_workers,
+            "recogniser": self._check_recognizer,
+            "language model": lambda: Check(True, self._bridge.name),
+        }
+        if (rooms := self._rooms) is not None:
+            # Without them, a server that has its WebSocket still holds conversations.
+            alone = self._endpoint is None
+            checks["rooms"] = lambda: replace(rooms.check(), needed=alone)
+        return checks
+
     def _check_registry(self) -> Check:
         stale_since_ms = self._registry.stale_since_ms
         if stale_since_ms is None:
@@ -231,18 +282,23 @@ class Orchestrator:
 
     # --- sessions ---
 
-    def _make_session(
-        self, session_id: str, start: SessionStart, transport: WsTransport
-    ) -> DuplexSession:
-        """Raises Unavailable while the recogniser loads."""
+    def _need_recognizer(self) -> Recognizer:
+        """Raises Unavailable while it loads."""
         if self._recognizer is None:
             raise Unavailable("the recogniser is still loading", retry_after_ms=1_000)
+        return self._recognizer
+
+    def _make_session(
+        self, session_id: str, start: SessionStart, transport: Transport
+    ) -> DuplexSession:
+        """Raises Unavailable while the recogniser loads."""
+        recognizer = self._need_recognizer()
         return DuplexSession(
             session_id=session_id,
             transport=transport,
             speech=self._speech,
             request=self._request(session_id, start),
-            recognizer=self._recognizer,
+            recognizer=recognizer,
             asr=self._config.asr,
             bridge=self._bridge,
             vad=VoiceActivityDetector(self._config.vad),
@@ -292,14 +348,22 @@ async def serve(config: OrchestratorConfig, policy: RoutingPolicy) -> None:
     await orchestrator.run(ready)
 
 
-def choose_transports(config: OrchestratorConfig) -> None:
-    """Raises CannotStart when nothing is left to serve."""
-    if config.transport.webrtc:
-        if not config.transport.ws_fallback:
-            raise CannotStart(f"{NO_ROOMS}; start with --ws")
-        print(f"{NO_ROOMS}; starting with the WebSocket only", file=sys.stderr)
-    elif not config.transport.ws_fallback:
-        raise CannotStart("no transport: both transport.ws_fallback and transport.webrtc are off")
+def choose_transports(config: OrchestratorConfig) -> OrchestratorConfig:
+    """What can be served. Raises CannotStart when nothing is left."""
+    transport = config.transport
+    if not transport.webrtc:
+        if not transport.ws_fallback:
+            raise CannotStart("no transport: transport.ws_fallback and transport.webrtc are off")
+        return config
+    missing = missing_for_rooms(config.livekit)
+    if not missing:
+        return config
+    without = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
+    if not transport.ws_fallback:
+        raise CannotStart(f"rooms need a LiveKit server, and {without}; or start with --ws")
+    print(f"no LiveKit rooms: {without}. Starting with the WebSocket only", file=sys.stderr)
+    websocket_only = transport.model_copy(update={"webrtc": False})
+    return config.model_copy(update={"transport": websocket_only})
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -307,7 +371,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         config = orchestrator_config(args.config, overrides_from(args))
         setup_logging(config.server.log_level)
-        choose_transports(config)
+        config = choose_transports(config)
         policy = config.routing.load()
         _run_loop(serve(config, policy))
     except (ConfigError, CannotStart) as error:

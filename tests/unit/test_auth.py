@@ -9,6 +9,7 @@ from src.orchestrator.auth import (
     ANONYMOUS,
     ApiKeys,
     SessionSlots,
+    check_fetch_site,
     check_origin,
     is_loopback,
     presented_key,
@@ -95,6 +96,16 @@ def test_with_keys_the_origin_matters_only_when_a_list_is_given() -> None:
     check_origin("https://any.example", [], key_required=True)
     with pytest.raises(Unauthenticated):
         check_origin("https://any.example", ["https://mine.example"], key_required=True)
+
+
+def test_a_strange_page_may_not_fetch_without_an_origin_either() -> None:
+    image = {"Sec-Fetch-Site": "cross-site"}
+    with pytest.raises(Unauthenticated, match="another site"):
+        check_fetch_site(image, key_required=False)
+    check_fetch_site(image, key_required=True)
+    check_fetch_site({**image, "Origin": "https://allowed.example"}, key_required=False)
+    check_fetch_site({"Sec-Fetch-Site": "same-origin"}, key_required=False)
+    check_fetch_site({}, key_required=False)
 
 
 def test_slots_are_counted_in_all_and_per_key() -> None:

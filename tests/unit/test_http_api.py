@@ -21,6 +21,7 @@ from src.orchestrator.auth import ApiKeys, SessionSlots
 from src.orchestrator.http_api import Check, HttpApi
 from src.orchestrator.metrics import Metrics
 from src.orchestrator.ports import SpeechFrame
+from src.orchestrator.web_page import WebPage
 from src.orchestrator.ws_endpoint import EndpointLimits, WsEndpoint
 from src.orchestrator.ws_inbound import InboundLimits
 from src.orchestrator.ws_transport import OutboundLimits, WsTransport
@@ -85,6 +86,9 @@ class FakeModels:
     async def models(self) -> list[dict[str, Any]]:
         return [{"model_id": "m"}]
 
+    def workers(self) -> list[dict[str, Any]]:
+        return [{"name": "w", "vram_gb": 8.0}]
+
     async def load(self, model_id: str) -> dict[str, Any]:
         if model_id == "full":
             raise Exhausted("loading others", retry_after_ms=1_500)
@@ -92,6 +96,24 @@ class FakeModels:
 
     async def unload(self, model_id: str) -> dict[str, Any]:
         raise InUse(f"{model_id} is in use by s-1")
+
+
+class FakeRooms:
+    """A token desk: answers, refuses, or is away."""
+
+    def __init__(self, check: Check | None = None, refusal: DuplexError | None = None) -> None:
+        self.asked_by: list[str] = []
+        self._check = check or Check(True, "127.0.0.1:7880")
+        self._refusal = refusal
+
+    def check(self) -> Check:
+        return self._check
+
+    async def token(self, request: web.Request, who: str) -> web.Response:
+        self.asked_by.append(who)
+        if self._refusal is not None:
+            raise self._refusal
+        return web.json_response({"method": request.method, "room": request.query.get("room")})
 
 
 class _Server(TestServer):
@@ -111,8 +133,10 @@ class Orchestrator:
         max_sessions: int = 8,
         limits: EndpointLimits | None = None,
         checks: dict[str, Check] | None = None,
-        web_root: Path | None = None,
+        page: WebPage | None = None,
         origins: tuple[str, ...] = (),
+        rooms: FakeRooms | None = None,
+        websocket: bool = True,
     ) -> None:
         self.sessions: list[ScriptedSession] = []
         self.metrics = Metrics()
@@ -127,12 +151,18 @@ class Orchestrator:
             checks={name: lambda check=check: check for name, check in found.items()},  # type: ignore[misc]
             metrics=self.metrics,
             models=FakeModels(),
-            web_root=web_root,
+            page=page,
+            rooms=rooms,
+            no_rooms="no rooms here: set LIVEKIT_URL",
+            websocket=websocket,
         )
         self.app = make_app(
-            api=self.api, sessions=self.endpoint, keys=api_keys, metrics=self.metrics,
+            api=self.api,
+            sessions=self.endpoint if websocket else None,
+            keys=api_keys,
+            metrics=self.metrics,
             allowed_origins=origins,
-        )  # fmt: skip
+        )
 
     def _make(
         self, session_id: str, start: SessionStart, transport: WsTransport
@@ -228,19 +258,141 @@ async def test_errors_are_json_with_code_message_and_retry() -> None:
 
 
 async def test_the_index_says_what_is_here_or_shows_the_page(tmp_path: Path) -> None:
-    async with Orchestrator().client() as client:
+    async with Orchestrator(page=WebPage(tmp_path)).client() as client:
         text = await (await client.get("/")).text()
         assert "/v1/session" in text
+        assert "/v1/livekit/token" in text
     (tmp_path / "index.html").write_text("<p>hello</p>")
-    async with Orchestrator(web_root=tmp_path).client() as client:
+    async with Orchestrator(page=WebPage(tmp_path)).client() as client:
         assert "hello" in await (await client.get("/")).text()
         assert "hello" in await (await client.get("/web/index.html")).text()
-        assert (await client.get("/web/../pyproject.toml")).status == 404
+
+
+@pytest.fixture
+def page_root(tmp_path: Path) -> Path:
+    root = tmp_path / "web"
+    (root / "vendor").mkdir(parents=True)
+    for name in ("index.html", "app.js", "vendor/lk.mjs", "a.wasm", "lock.json", ".hidden.js"):
+        (root / name).write_text("x")
+    (tmp_path / "secret.js").write_text("outside")
+    (root / "link.js").symlink_to(tmp_path / "secret.js")
+    (root / "notes.py").write_text("x")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "text/html; charset=utf-8"),
+        ("/web/app.js", "text/javascript; charset=utf-8"),
+        ("/web/vendor/lk.mjs", "text/javascript; charset=utf-8"),
+        ("/web/a.wasm", "application/wasm"),
+        ("/web/lock.json", "application/json"),
+    ],
+)
+async def test_the_page_runs_its_own_scripts_only(page_root: Path, path: str, kind: str) -> None:
+    page = WebPage(page_root, "wss://user@lk.example:7880/x")
+    async with Orchestrator(page=page, keys=("k1",)).client() as client:
+        answer = await client.get(path)
+        assert (answer.status, answer.headers["Content-Type"]) == (200, kind)
+        assert answer.headers["Cache-Control"] == "no-cache"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        policy = dict(
+            rule.split(" ", 1) for rule in answer.headers["Content-Security-Policy"].split("; ")
+        )
+        assert (policy["script-src"], policy["worker-src"]) == ("'self'", "'self' blob:")
+        assert "wss://lk.example:7880" in policy["connect-src"].split()
+        assert "https://lk.example:7880" in policy["connect-src"].split()
+        assert "unsafe" not in str(policy)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret.js", "%2e%2e/secret.js", "..%2fsecret.js", "link.js", ".hidden.js", "notes.py",
+     "vendor", "vendor/", "none.js", "a%00.js", "x" * 5000 + ".js"],
+)  # fmt: skip
+async def test_nothing_but_the_page_is_served(page_root: Path, path: str) -> None:
+    async with Orchestrator(page=WebPage(page_root)).client() as client:
+        answer = await client.get(f"/web/{path}")
+        assert answer.status == 404
+        assert "outside" not in await answer.text()
+
+
+async def test_an_unchanged_file_is_not_sent_again(page_root: Path) -> None:
+    async with Orchestrator(page=WebPage(page_root)).client() as client:
+        tag = (await client.get("/web/app.js")).headers["ETag"]
+        again = await client.get("/web/app.js", headers={"If-None-Match": tag})
+        assert again.status == 304
+
+
+async def test_a_token_is_for_those_with_a_key_by_get_and_post() -> None:
+    rooms = FakeRooms()
+    async with Orchestrator(keys=("k1",), rooms=rooms).client() as client:
+        assert (await client.get("/v1/livekit/token")).status == 401
+        assert (await client.post("/v1/livekit/token", json={})).status == 401
+        asked = await client.get("/v1/livekit/token?room=kitchen", headers=KEY)
+        assert await asked.json() == {"method": "GET", "room": "kitchen"}
+        posted = await client.post("/v1/livekit/token", json={}, headers=KEY)
+        assert (await posted.json())["method"] == "POST"
+        assert rooms.asked_by == [ApiKeys(["k1"]).check("k1")] * 2
+
+
+async def test_without_rooms_a_token_is_not_found_and_how_to_get_rooms_is_said() -> None:
+    async with Orchestrator().client() as client:
+        answer = await client.get("/v1/livekit/token")
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (404, "not_found")
+        assert "LIVEKIT_URL" in error["message"]
+
+
+async def test_a_refusal_of_the_rooms_reaches_the_client() -> None:
+    rooms = FakeRooms(refusal=Exhausted("all 2 sessions are taken", retry_after_ms=4_500))
+    async with Orchestrator(rooms=rooms).client() as client:
+        answer = await client.get("/v1/livekit/token")
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "5")
+
+
+@pytest.mark.parametrize(
+    ("rooms", "websocket", "livekit", "why"),
+    [
+        (None, True, False, "LIVEKIT_URL"),
+        (FakeRooms(), False, True, ""),
+        (FakeRooms(Check(False, "10.1.2.3 does not answer")), True, False, "does not answer"),
+    ],
+)
+async def test_the_page_learns_which_transports_there_are(
+    rooms: FakeRooms | None, websocket: bool, livekit: bool, why: str
+) -> None:
+    async with Orchestrator(rooms=rooms, websocket=websocket, keys=("k1",)).client() as client:
+        found = await (await client.get("/v1/transports")).json()
+        assert (found["ws"], found["livekit"], found["key"]) == (websocket, livekit, True)
+        assert why in found["why"]
+        assert "10.1.2.3" not in found["why"], "open to all, so it names no address"
+
+
+async def test_rooms_alone_have_no_websocket() -> None:
+    async with Orchestrator(rooms=FakeRooms(), websocket=False).client() as client:
+        answer = await client.get("/v1/session")
+        assert answer.status == 404
+        assert "--ws" in (await answer.json())["error"]["message"]
+
+
+async def test_what_is_not_needed_does_not_spoil_readiness() -> None:
+    checks = {"rooms": Check(False, "down", needed=False), "worker": Check(True, "one")}
+    async with Orchestrator(checks=checks).client() as client:
+        answer = await client.get("/readyz")
+        body = await answer.json()
+        assert (answer.status, body["ready"], body["checks"]["rooms"]["ok"]) == (200, True, False)
 
 
 async def test_models_and_schema_are_served() -> None:
     async with Orchestrator().client() as client:
-        assert (await (await client.get("/v1/models")).json())["models"] == [{"model_id": "m"}]
+        fleet = await (await client.get("/v1/models")).json()
+        assert fleet == {
+            "models": [{"model_id": "m"}],
+            "workers": [{"name": "w", "vram_gb": 8.0}],
+        }
         schema = await (await client.get("/v1/protocol.json")).json(content_type=None)
         assert "SessionStart" in schema["$defs"]
 
@@ -252,6 +404,16 @@ async def test_a_strange_web_page_may_not_use_a_keyless_server() -> None:
         with pytest.raises(aiohttp.WSServerHandshakeError):
             await client.ws_connect("/v1/session", headers=headers)
         assert (await client.ws_connect("/v1/session", origin="http://localhost")).closed is False
+
+
+async def test_a_strange_page_cannot_make_a_browser_fetch_a_token() -> None:
+    rooms = FakeRooms()
+    async with Orchestrator(rooms=rooms).client() as client:
+        as_image = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}
+        assert (await client.get("/v1/livekit/token", headers=as_image)).status == 401
+        assert rooms.asked_by == []
+        own = {"Sec-Fetch-Site": "same-origin"}
+        assert (await client.get("/v1/livekit/token", headers=own)).status == 200
 
 
 async def test_metrics_show_what_sessions_report() -> None:

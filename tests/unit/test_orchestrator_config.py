@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from src.orchestrator.config import (
     DEFAULT_CONFIG,
     OrchestratorConfig,
     RoutingSettings,
+    missing_for_rooms,
     orchestrator_config,
     overrides_from,
     parser,
 )
+from src.orchestrator.server import CannotStart, choose_transports
 
 MISSING = Path("no-such-file.yaml")
 
@@ -118,3 +122,56 @@ def test_prefer_resident_is_laid_over_every_mode() -> None:
 def test_a_mode_that_the_routing_file_lacks_is_named() -> None:
     with pytest.raises(ConfigError, match="'fast'"):
         RoutingSettings(policy="fast").load()
+
+
+ROOMS = {
+    "LIVEKIT_URL": "ws://127.0.0.1:7880",
+    "LIVEKIT_API_KEY": "devkey",
+    "LIVEKIT_API_SECRET": "a-secret-of-more-than-thirty-two-characters",
+}
+
+
+def started_with(*argv: str, environ: dict[str, str]) -> OrchestratorConfig:
+    flags = overrides_from(parser().parse_args(argv))
+    return choose_transports(orchestrator_config(MISSING, flags, environ))
+
+
+def test_rooms_and_the_websocket_are_chosen_by_flags() -> None:
+    both = started_with("--ws", "--livekit", environ=ROOMS).transport
+    assert (both.webrtc, both.ws_fallback) == (True, True)
+    alone = started_with("--livekit", environ=ROOMS).transport
+    assert (alone.webrtc, alone.ws_fallback) == (True, False)
+
+
+@pytest.mark.parametrize("absent", [*ROOMS, None])
+def test_rooms_alone_cannot_start_without_a_server(absent: str | None) -> None:
+    environ = {name: value for name, value in ROOMS.items() if absent and name != absent}
+    with pytest.raises(CannotStart, match=f"{absent or 'LIVEKIT_URL and .*'}.*or start with --ws"):
+        started_with("--livekit", environ=environ)
+
+
+def test_beside_a_websocket_rooms_without_a_server_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = started_with("--ws", "--livekit", environ={})
+    assert (config.transport.webrtc, config.transport.ws_fallback) == (False, True)
+    assert "LIVEKIT_URL" in capsys.readouterr().err
+    assert missing_for_rooms(config.livekit) == [*ROOMS]
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:7880", "ws://", "ws://[::1", "ws://host:port", "ws://host:99999"]
+)
+def test_a_livekit_url_that_cannot_be_one_is_found_at_the_start(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"livekit\.url"):
+        started_with("--livekit", environ={**ROOMS, "LIVEKIT_URL": url})
+
+
+def test_livekit_is_not_imported_where_there_are_no_rooms() -> None:
+    program = (
+        "import sys, src.orchestrator.server; print([m for m in sys.modules if 'livekit' in m])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -32,6 +33,9 @@ class LiveKitSettings(StrictModel):
     def _ws_url(cls, url: str) -> str:
         if url and not url.startswith(("ws://", "wss://", "http://", "https://")):
             raise ValueError("a LiveKit URL begins with ws:// or wss://")
+        parts = urlsplit(url)  # raises ValueError, and so does a wrong port
+        if url and (not parts.hostname or parts.port == 0):
+            raise ValueError("a LiveKit URL names a host, e.g. ws://127.0.0.1:7880")
         return url
 
     @property
