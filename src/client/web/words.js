@@ -1,0 +1,70 @@
+/** What the page calls things. */
+
+export const STATES = {
+  idle: ['Ready', 'Press start and say something.'],
+  connecting: ['Connecting', 'One moment.'],
+  reconnecting: ['Reconnecting', 'The line dropped; the conversation is kept.'],
+  ended: ['Ended', 'Press start to talk again.'],
+  listening: ['Listening', 'You have the floor.'],
+  hearing: ['Listening', 'It hears you.'],
+  thinking: ['Thinking', 'Looking for an answer.'],
+  speaking: ['Speaking', 'Talk over it whenever you like.'],
+  barged_in: ['Interrupted', 'You have the floor.'],
+};
+
+export const ENDED = {
+  client_ended: 'You ended the conversation.',
+  cancelled: 'The conversation was cut off.',
+  idle: 'Nobody had spoken for a long time.',
+  user_left: 'You left the room.',
+  draining: 'The server is going down.',
+  shutdown: 'The server is going down.',
+};
+
+export const STAGES = {
+  endpoint: 'end of turn called',
+  transcript: 'transcript',
+  first_token: 'first token',
+  first_clause: 'first clause',
+  first_audio: 'first audio',
+  heard: 'heard',
+};
+
+export const VERDICTS = {
+  pending: 'Paused',
+  real: 'Interruption',
+  false: 'False alarm',
+};
+
+const REASONS = {
+  stop_word: 'you told it to stop',
+  words: 'you said something',
+  sustained: 'you kept talking',
+  typed: 'you wrote instead',
+  not_speech: 'that was no voice',
+  back_channel: 'you were only agreeing',
+  no_words: 'a voice, but no words',
+  short: 'too short to be meant',
+};
+
+/** 'it stopped: you said something', 'it went on: that was no voice' */
+export function verdictSentence({ verdict, reason }) {
+  if (verdict === 'pending') return 'listening whether you mean it';
+  const outcome = verdict === 'real' ? 'it stopped' : 'it went on';
+  const why = REASONS[reason] ?? reason.replaceAll('_', ' ');
+  return why ? `${outcome}: ${why}` : outcome;
+}
+
+export const SOUNDS = { cough: 'Cough', 'mm-hmm': 'Mm-hmm', stop: '“Stop”' };
+
+export const ms = (number) => (number === null ? '–' : `${Math.round(number)} ms`);
+export const seconds = (number) => `${(number / 1000).toFixed(1)} s`;
+
+/** '40 s', '5 min', '2 h': for a time that nobody counts along. */
+export function roughly(duration_ms) {
+  const s = Math.round(duration_ms / 1000);
+  if (s < 90) return `${s} s`;
+  return s < 5400 ? `${Math.round(s / 60)} min` : `${Math.round(s / 3600)} h`;
+}
+
+export const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
