@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from livekit import rtc
@@ -38,9 +39,12 @@ class MicStream:
     """What a remote track sounds like, whatever its own rate and channels.
 
     `on_samples` gets 10 ms of mono int16 at `sample_rate` Hz per call, on the event loop that made
-    the stream; `on_end` is called once when the track ends, not when it was closed from here. What
-    the loop has not taken is bounded to 2 s: the oldest step is dropped and counted in `dropped`.
-    Close it, unless it has ended. Raises RuntimeError without a running loop.
+    the stream. `on_end` is called once when the track has ended, not when the stream was closed
+    from here. The SDK ends a track only when nobody holds it any more: whoever does should go by
+    the room's `track_unsubscribed`.
+
+    What the loop has not taken is bounded to 2 s: the oldest step is dropped and counted in
+    `dropped`. Close it, unless it has ended. Raises RuntimeError without a running loop.
     """
 
     def __init__(
@@ -118,6 +122,11 @@ def push(source: rtc.AudioSource, pcm: bytes) -> None:
         _door().push(source, pcm)
 
 
+def clear(source: rtc.AudioSource) -> None:
+    """Forget what was not played yet. Of a closed source, nothing happens."""
+    _door().clear(source)
+
+
 class Tap(Protocol):
     def close(self) -> None:
         """Idempotent."""
@@ -130,6 +139,8 @@ class Door(Protocol):
     def listen(self, track: rtc.Track, sample_rate: int, deliver: Deliver) -> Tap: ...
 
     def push(self, source: rtc.AudioSource, pcm: bytes) -> None: ...
+
+    def clear(self, source: rtc.AudioSource) -> None: ...
 
 
 _the_door: Door | None = None
@@ -210,6 +221,10 @@ class ByHandle:
         capture.buffer.num_channels = 1
         capture.buffer.samples_per_channel = len(pcm) // 2
         self._client.request(request)
+
+    def clear(self, source: rtc.AudioSource) -> None:
+        if not source._ffi_handle.disposed:
+            source.clear_queue()
 
     def _put(self, event: Any) -> None:
         """On one of the SDK's threads, for every event of the process."""
@@ -300,6 +315,11 @@ class Stock:
         task = asyncio.get_running_loop().create_task(source.capture_frame(frame), name="push")
         self._pushes.add(task)
         task.add_done_callback(self._pushed)
+
+    def clear(self, source: rtc.AudioSource) -> None:
+        # That is how the SDK says that the source is closed.
+        with suppress(AssertionError):
+            source.clear_queue()
 
     def _pushed(self, task: asyncio.Task[None]) -> None:
         self._pushes.discard(task)
