@@ -101,6 +101,11 @@ class Link:
         return self._room.remote_participants.get(self.identity) if self.identity else None
 
     @property
+    def attributes(self) -> dict[str, str]:
+        """The user's own; empty while they are not there."""
+        return dict(self.user.attributes) if self.user is not None else {}
+
+    @property
     def mic_track_sid(self) -> str:
         return self._mic.sid if self._mic is not None else ""
 
