@@ -43,7 +43,7 @@ def decode_recording(data: bytes, attributes: Mapping[str, str]) -> Int16:
 
 def _number(attributes: Mapping[str, str], name: str, allowed: range) -> int:
     text = attributes.get(name, "")
-    if not (text.isascii() and text.isdigit() and int(text) in allowed):
+    if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) in allowed):
         raise InvalidArgument(
             f"recording with {name} {text[:16]!r}; it must be {allowed.start} to {allowed.stop - 1}"
         )
@@ -63,13 +63,13 @@ def _decode(data: bytes, container: str) -> tuple[Float32, int]:
 
     resampler: Any = av.AudioResampler(format="s16", layout="mono", rate=MIC_RATE)
     blocks: list[Int16] = [np.empty(0, dtype=np.int16)]
-    decoded = 0
+    decoded_ms = 0
     try:
         with av.open(io.BytesIO(data), format=container) as file:
             for frame in file.decode(audio=0):
                 blocks += [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
-                decoded += blocks[-1].size
-                if decoded > MIC_RATE * _MAX_DECODED_MS // 1000:
+                decoded_ms += frame.samples * 1000 // frame.sample_rate
+                if decoded_ms > _MAX_DECODED_MS:
                     raise InvalidArgument(f"recording of more than {_MAX_DECODED_MS} ms")
     except (av.FFmpegError, IndexError) as error:
         raise InvalidArgument(f"recording that is no audio in {container}") from error
