@@ -21,8 +21,8 @@ TICK_MS = 10
 _TICK_BYTES = SAMPLE_RATE * TICK_MS // 1000 * 2
 _REMEMBERED_UTTERANCES = 16
 _REPORT_FRAMES = 2
-# An event loop's timers are whole milliseconds: one that fires a moment early is not early.
-_EARLY_MS = 1.0
+# uvloop rounds its timers to whole milliseconds: one that fires a moment early is in time.
+_EARLY_MS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class Playhead:
         return self._waiting[0].utterance_id if self._waiting else ""
 
     def _settle(self, now_ms: float) -> None:
-        while self._pushed and self._pushed[0].end_ms <= now_ms:
+        while self._pushed and self._pushed[0].end_ms <= now_ms + _EARLY_MS:
             frame = self._pushed.popleft().frame
             self._note_heard(frame.utterance_id, frame.seq)
 
