@@ -59,11 +59,16 @@ def test_what_is_told_keeps_its_order_but_a_state_goes_first() -> None:
 
 def test_what_is_newer_takes_the_place_of_what_is_stale() -> None:
     queue = Outgoing(10)
-    for item in (
-        AgentState("listening"), UserCaption("t1", "turn", final=False),
-        AgentCaption("u1", "Well,"), AgentState("thinking"), UserCaption("t1", "Turn on.", final=True),
-        AgentCaption("u1", " hello", final=True), UserCaption("t2", "and", final=False),
-    ):  # fmt: skip
+    items: list[Item] = [
+        AgentState("listening"),
+        UserCaption("t1", "turn", final=False),
+        AgentCaption("u1", "Well,"),
+        AgentState("thinking"),
+        UserCaption("t1", "Turn on.", final=True),
+        AgentCaption("u1", " hello", final=True),
+        UserCaption("t2", "and", final=False),
+    ]
+    for item in items:
         assert queue.put(item)
     assert drained(queue) == [
         AgentState("thinking"),

@@ -34,7 +34,9 @@ MAX_STREAM_BYTES = MAX_RECORDING_BYTES
 MAX_CHAT_CHARS = 20_000
 
 _MAX_WAITING = 16
-_READ_S = 10.0
+# Of a sender who lost their connection in mid-message and is back, nothing says that it is over.
+_CHAT_S = 3.0
+_RECORDING_S = 10.0
 
 
 class Hearer(Protocol):
@@ -228,7 +230,7 @@ class RoomInput:
 async def _read_text(reader: rtc.TextStreamReader) -> str:
     """Raises InvalidArgument, StreamError, TimeoutError."""
     text = ""
-    async with timeout(_READ_S):
+    async with timeout(_CHAT_S):
         async for piece in reader:
             text += piece
             if len(text) > MAX_CHAT_CHARS:
@@ -240,7 +242,7 @@ async def _read_recording(reader: rtc.ByteStreamReader) -> Int16:
     """Empty if it cannot be read; the user will not miss what they do not know of."""
     data = bytearray()
     try:
-        async with timeout(_READ_S):
+        async with timeout(_RECORDING_S):
             async for piece in reader:
                 data += piece
                 if len(data) > MAX_RECORDING_BYTES:
