@@ -23,7 +23,8 @@ Detail = dict[str, Any]
 _HTML = """<!doctype html><meta charset="utf-8"><title>page under test</title>
 <button>Start</button>
 <script type="module">
-import { VoiceSession } from '/web/session.js';
+import { VoiceSession, available } from '/web/session.js';
+window.available = available;
 const session = window.session = new VoiceSession();
 const log = window.log = [];
 for (const type of ['status', 'event', 'level', 'played', 'silence', 'trouble']) {
@@ -52,6 +53,7 @@ class TalkingPage:
     """`told(type, …)` is what `session` dispatched: the details, or the server's events."""
 
     page: Page
+    transport: str = "ws"
     hosts: set[str] = field(default_factory=set)
     """Everything that the page talked to."""
     complaints: list[str] = field(default_factory=list)
@@ -59,6 +61,7 @@ class TalkingPage:
 
     async def start(self, **options: Any) -> None:
         """Click, and wait until it is live or has ended."""
+        options = {"transport": self.transport, **options}
         await self.page.evaluate("options => { window.options = options }", options)
         await self.page.click("button")
         await self.until("['live', 'ended'].includes(session.phase)", "the session's start")
@@ -112,11 +115,13 @@ class TalkingPage:
 
 
 @asynccontextmanager
-async def talking_page(browser: Browser, url: str) -> AsyncIterator[TalkingPage]:
+async def talking_page(
+    browser: Browser, url: str, transport: str = "ws"
+) -> AsyncIterator[TalkingPage]:
     """A page at the orchestrator's origin, in a context of its own."""
     context = await browser.new_context()
     page = await context.new_page()
-    talking = TalkingPage(page)
+    talking = TalkingPage(page, transport)
     page.on("request", lambda request: talking.hosts.add(urlsplit(request.url).netloc))
     page.on("websocket", lambda socket: talking.hosts.add(urlsplit(socket.url).netloc))
     page.on("pageerror", lambda error: talking.complaints.append(str(error)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import soundfile
 from playwright.async_api import Browser
 
 from src.audio.pcm import Float32
+from src.common.livekit_server import LiveKitServer, LiveKitUnavailable
+from src.demo.wer import letter_error_rate, spell
 from tests.audio_fixtures import RATE, at_level, has_piper, silence, user_speech
 from tests.integration.browser import chromium, needs_chromium
 from tests.integration.live import Installation, has_whisper, installation
@@ -35,12 +40,41 @@ def reply(messages: list[dict[str, str]]) -> Answer:
     return words("It is the town of Paris." if "capital" in asked else "Okay.")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Installation]:
-    async with ScriptedLlm(reply).serving() as llm:
+@dataclass
+class Place:
+    """Where the page goes, and how it travels."""
+
+    running: Installation
+    transport: str
+    livekit: LiveKitServer | None = None
+
+    @property
+    def hosts(self) -> set[str]:
+        """All that the page may talk to."""
+        ours = {f"127.0.0.1:{self.running.port}"}
+        return ours | ({urlsplit(self.livekit.url).netloc} if self.livekit else set())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["ws", "livekit"])
+async def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Place]:
+    logs = tmp_path_factory.mktemp("page")
+    async with AsyncExitStack() as cleanup:
+        livekit = await _livekit(cleanup, logs) if request.param == "livekit" else None
+        llm = await cleanup.enter_async_context(ScriptedLlm(reply).serving())
         env = {"LLM_BASE_URL": llm.base_url}
-        async with installation(tmp_path_factory.mktemp("page"), env=env) as one:
-            yield one
+        running = await cleanup.enter_async_context(installation(logs, env=env, livekit=livekit))
+        yield Place(running, request.param, livekit)
+
+
+async def _livekit(cleanup: AsyncExitStack, logs: Path) -> LiveKitServer:
+    try:
+        server = await LiveKitServer.start(logs / "livekit-server.log")
+    except LiveKitUnavailable as error:
+        pytest.skip(str(error))
+    cleanup.push_async_callback(server.close)
+    return server
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -51,10 +85,10 @@ async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bro
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser, running: Installation) -> AsyncIterator[TalkingPage]:
-    async with talking_page(browser, running.url) as one:
+async def page(browser: Browser, place: Place) -> AsyncIterator[TalkingPage]:
+    async with talking_page(browser, place.running.url, place.transport) as one:
         yield one
-        assert one.hosts == {f"127.0.0.1:{running.port}"}, "no request leaves the installation"
+        assert one.hosts <= place.hosts, "no request leaves the installation"
         assert not [line for line in one.complaints if "Uncaught" in line]
 
 
@@ -73,12 +107,15 @@ async def in_mid_story(page: TalkingPage) -> str:
 @needs_models
 @pytest.mark.models
 async def test_a_question_into_the_microphone_is_recognised_and_answered(
-    running: Installation, tmp_path: Path
+    place: Place, tmp_path: Path
 ) -> None:
     question = at_level(user_speech("What is the capital of France?"), -22.0)
-    microphone = wav(tmp_path / "question.wav", np.concatenate([silence(1500), question]))
-    async with chromium(microphone) as browser, talking_page(browser, running.url) as page:
-        await page.live(transport="ws")
+    microphone = wav(tmp_path / "question.wav", np.concatenate([silence(3000), question]))
+    async with (
+        chromium(microphone) as browser,
+        talking_page(browser, place.running.url, place.transport) as page,
+    ):
+        await page.live()
         final = await page.event("transcript", final=True)
         assert "capital of france" in final["text"].lower()
         heard = await page.event("heard", completed=True)
@@ -92,7 +129,7 @@ async def test_a_question_into_the_microphone_is_recognised_and_answered(
 
 
 async def test_what_is_played_is_told_frame_by_frame_to_the_last(page: TalkingPage) -> None:
-    await page.live(transport="ws")
+    await page.live()
     await page.say("One, two, three.")
     end = await page.event("audio.end")
     await page.event("heard", completed=True)
@@ -108,7 +145,7 @@ async def test_what_is_played_is_told_frame_by_frame_to_the_last(page: TalkingPa
 @needs_models
 @pytest.mark.models
 async def test_stop_silences_the_voice_and_is_measured_in_the_page(page: TalkingPage) -> None:
-    await page.live(transport="ws")
+    await page.live()
     story = await in_mid_story(page)
     await page.inject("stop")
     await page.event("flush", utterance_id=story)
@@ -126,7 +163,7 @@ async def test_stop_silences_the_voice_and_is_measured_in_the_page(page: Talking
 @pytest.mark.models
 @pytest.mark.parametrize("sound", ["cough", "mm-hmm"])
 async def test_a_false_alarm_loses_and_repeats_nothing(page: TalkingPage, sound: str) -> None:
-    await page.live(transport="ws")
+    await page.live()
     story = await in_mid_story(page)
     await page.inject(sound)
     await page.event("flush", utterance_id=story)
@@ -142,7 +179,7 @@ async def test_a_false_alarm_loses_and_repeats_nothing(page: TalkingPage, sound:
 @pytest.mark.parametrize("echo_db", [-20, -30])
 async def test_the_agents_own_voice_does_not_interrupt_it(page: TalkingPage, echo_db: int) -> None:
     """An echo that no canceller sees: the playback gate alone must know it."""
-    await page.live(transport="ws", echoDb=echo_db)
+    await page.live(echoDb=echo_db)
     await page.say(STORY)
     heard = await page.event("heard")
     assert heard["completed"] is True
@@ -154,7 +191,7 @@ async def test_the_agents_own_voice_does_not_interrupt_it(page: TalkingPage, ech
 
 
 async def test_at_another_sample_rate_the_voice_is_the_same(page: TalkingPage) -> None:
-    await page.live(transport="ws", rate=44100)
+    await page.live(rate=44100)
     await page.say("One, two, three.")
     end = await page.event("audio.end")
     heard = await page.event("heard")
@@ -163,16 +200,16 @@ async def test_at_another_sample_rate_the_voice_is_the_same(page: TalkingPage) -
 
 
 async def test_stopping_gives_microphone_and_place_back(page: TalkingPage) -> None:
-    await page.live(transport="ws")
+    await page.live()
     await page.run("session.stop()")
     assert (await page.told("status"))[-1] == {"phase": "ended", "reason": "stopped"}
     states = await page.run("streams.flatMap(s => s.getTracks()).map(t => t.readyState)")
     assert states == ["ended"]
-    await page.live(transport="ws")
+    await page.live()
 
 
 async def test_an_unplugged_microphone_gives_way_to_the_default_one(page: TalkingPage) -> None:
-    await page.live(transport="ws")
+    await page.live()
     await page.run("streams[0].getTracks()[0].dispatchEvent(new Event('ended'))")
     shown = await page.until_told("trouble")
     assert (shown["code"], shown["fatal"]) == ("mic_lost", False)
@@ -181,47 +218,35 @@ async def test_an_unplugged_microphone_gives_way_to_the_default_one(page: Talkin
 
 
 async def test_a_refused_microphone_is_explained_and_typing_goes_on(
-    running: Installation,
+    place: Place,
 ) -> None:
-    async with chromium(refuse=True) as browser, talking_page(browser, running.url) as page:
-        await page.start(transport="ws")
+    async with (
+        chromium(refuse=True) as browser,
+        talking_page(browser, place.running.url, place.transport) as page,
+    ):
+        await page.start()
         shown = await page.until_told("trouble")
         assert (shown["code"], shown["fatal"]) == ("mic_refused", True)
         assert (await page.told("status"))[-1] == {"phase": "ended", "reason": "mic_refused"}
-        await page.live(transport="ws", mic=False)
+        await page.live(mic=False)
         await page.say("One, two, three.")
         heard = await page.event("heard")
         assert heard["completed"] is True
 
 
-async def test_a_server_that_is_gone_is_said_so(browser: Browser, running: Installation) -> None:
-    async with talking_page(browser, running.url) as page:
-        await page.page.route("**/v1/**", lambda route: route.abort())
-        await page.run(
-            "(window.WebSocket = class extends WebSocket {"
-            "constructor(url, ...more) { super('ws://127.0.0.1:9/', ...more); } }, 0)"
-        )
-        await page.start(transport="ws")
-        shown = await page.until_told("trouble")
-        assert (shown["code"], shown["fatal"]) == ("no_server", True)
-
-
-async def test_a_wrong_key_is_refused_and_a_full_server_says_when_to_come_back(
-    browser: Browser, tmp_path: Path
-) -> None:
-    config = "limits: {max_sessions: 1}\n"
-    env = {"DUPLEX_API_KEY": "the-right-one"}
-    async with (
-        installation(tmp_path, config=config, env=env) as running,
-        talking_page(browser, running.url) as page,
-        talking_page(browser, running.url) as second,
-    ):
-        for wrong in ("the-wrong-one", "no such key", ""):
-            await page.start(transport="ws", apiKey=wrong)
-            shown = (await page.told("trouble"))[-1]
-            assert (shown["code"], shown["fatal"]) == ("unauthorized", True)
-        await page.live(transport="ws", apiKey="the-right-one")
-        await second.start(transport="ws", apiKey="the-right-one")
-        shown = await second.until_told("trouble")
-        assert (shown["code"], shown["fatal"]) == ("full", True)
-        assert shown["retry_after_ms"] > 0
+@needs_models
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_forty_four_utterances_in_a_row_are_all_understood(page: TalkingPage) -> None:
+    said = [f"Number {spell(number)}." for number in range(1, 45)]
+    spoken = [at_level(user_speech(text), -22.0) for text in said]
+    await page.live()
+    for turn, speech in enumerate(spoken):
+        await page.talk(speech)
+        await page.event("heard", more_than=turn)
+        await page.until("told('event', {type: 'state'}).at(-1).state === 'listening'", "the end")
+    finals = [event["text"] for event in await page.told("event", type="transcript", final=True)]
+    assert len(finals) == len(said)
+    assert letter_error_rate(" ".join(said), " ".join(finals)) < 0.15, finals
+    assert not await page.told("trouble")

@@ -2,7 +2,10 @@
 
 import { AudioGraph } from './audio/graph.js';
 import { StartFailed, trouble } from './troubles.js';
+import { LiveKitTransport } from './transport-livekit.js';
 import { WsTransport } from './transport-ws.js';
+
+export { available } from './livekit-access.js';
 
 /** Ways to talk, best first. */
 export const transports = ['livekit', 'ws'];
@@ -71,7 +74,7 @@ export class VoiceSession extends EventTarget {
       }
       this.#audio = audio;
       audio.setMuted(this.#muted);
-      await this.#connect();
+      await this.#connect(audio);
     } catch (error) {
       if (generation === this.#generation) await this.#fail(error);
     }
@@ -148,13 +151,11 @@ export class VoiceSession extends EventTarget {
     );
   }
 
-  /** Resolves when it is live, or when the session has ended. Rejects with StartFailed. */
-  async #connect() {
-    const generation = this.#generation;
-    const Transport = await transportClass(this.#options.transport ?? 'ws');
-    if (generation !== this.#generation || !this.#audio) return;
+  /** Resolves when it is live, or when the session has ended. */
+  async #connect(/** @type {AudioGraph} */ audio) {
+    const Transport = this.#options.transport === 'livekit' ? LiveKitTransport : WsTransport;
     const settled = new Promise((done) => (this.#settle = () => done(undefined)));
-    this.#transport = new Transport(this.#audio, this.#wishes(), this.#listener());
+    this.#transport = new Transport(audio, this.#wishes(), this.#listener());
     await this.#transport.connect();
     await settled;
   }
@@ -208,12 +209,7 @@ export class VoiceSession extends EventTarget {
     this.#retries += 1;
     if (this.phase !== 'reconnecting') this.#status('reconnecting', 'lost');
     await new Promise((done) => setTimeout(done, pause));
-    if (generation !== this.#generation) return;
-    try {
-      await this.#connect();
-    } catch (error) {
-      if (generation === this.#generation) await this.#fail(error);
-    }
+    if (generation === this.#generation && this.#audio) await this.#connect(this.#audio);
   }
 
   async #fail(/** @type {unknown} */ error) {
@@ -246,20 +242,4 @@ export class VoiceSession extends EventTarget {
   #tell(/** @type {string} */ type, /** @type {object} */ detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
-}
-
-/** The room's code is fetched only by those who use it. */
-async function transportClass(/** @type {string} */ name) {
-  if (name === 'ws') return WsTransport;
-  return (await import('./transport-livekit.js')).LiveKitTransport;
-}
-
-/**
- * Which transports could work here.
- * @returns {Promise<{ws: boolean, livekit: boolean, why: string}>} `why` LiveKit could not
- */
-export async function available(apiKey = '') {
-  const { whyNotLiveKit } = await import('./transport-livekit.js');
-  const why = await whyNotLiveKit(apiKey);
-  return { ws: true, livekit: !why, why };
 }

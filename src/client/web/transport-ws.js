@@ -1,6 +1,6 @@
 /** The WebSocket way: docs/protocol.md, spoken by a browser. One object is one connection. */
 
-import { StartFailed, fromServer, trouble } from './troubles.js';
+import { fromServer, trouble } from './troubles.js';
 
 const PATH = '/v1/session';
 const SUBPROTOCOL = 'duplex.v1';
@@ -56,12 +56,14 @@ export class WsTransport {
     this.#player = audio.createPlayer((message) => this.#onPlayer(message));
   }
 
-  /** Open the socket; `live` or `closed` follows. Throws StartFailed for a key nobody can have. */
+  /** Open the socket; `live` or `closed` follows. */
   async connect() {
     const { apiKey } = this.#wishes;
     if (!KEY.test(apiKey)) {
-      const text = 'There is a character in it that no key has.';
-      throw new StartFailed(trouble('unauthorized', { text }));
+      const shown = trouble('unauthorized', { text: 'There is a character in it that no key has.' });
+      this.#closed = true;
+      this.#listener.closed({ reason: shown.code, shown, mayRetry: false });
+      return;
     }
     const url = new URL(PATH, location.href);
     url.protocol = url.protocol.replace('http', 'ws');

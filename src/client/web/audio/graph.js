@@ -57,7 +57,7 @@ export class AudioGraph {
         await context.close();
         context = nativeContext();
       }
-      await Promise.all(WORKLETS.map((name) => context.audioWorklet.addModule(worklet(name))));
+      await loadWorklets(context);
       const graph = new AudioGraph(context, listeners, echoDb);
       if (stream) graph.#use(stream);
       if (speakerId) await graph.setSpeaker(speakerId);
@@ -94,11 +94,19 @@ export class AudioGraph {
     return this.#context.sampleRate;
   }
 
-  /** The microphone with the injected sounds, for a room. @returns {MediaStreamTrack} */
+  /**
+   * The microphone with the injected sounds, for a room.
+   * @returns {{track: MediaStreamTrack, close: () => void}}
+   */
   createTrack() {
     const destination = new MediaStreamAudioDestinationNode(this.#context, { channelCount: 1 });
+    const [track] = destination.stream.getAudioTracks();
     this.#mix.connect(destination);
-    return destination.stream.getAudioTracks()[0];
+    const close = () => {
+      track.stop();
+      this.#mix.disconnect(destination);
+    };
+    return { track, close };
   }
 
   /**
@@ -250,9 +258,14 @@ export class AudioGraph {
   }
 }
 
-/** @param {string} name @returns {URL} */
-function worklet(name) {
-  return new URL(`./${name}-worklet.js`, import.meta.url);
+/** They come from the server, and only now. Rejects with StartFailed. */
+async function loadWorklets(/** @type {AudioContext} */ context) {
+  const urls = WORKLETS.map((name) => new URL(`./${name}-worklet.js`, import.meta.url));
+  try {
+    await Promise.all(urls.map((url) => context.audioWorklet.addModule(url)));
+  } catch {
+    throw new StartFailed(trouble('no_server'));
+  }
 }
 
 /** Firefox does not join a microphone to a context of another rate. */
