@@ -21,6 +21,7 @@ VERSION = "1.13.4"
 DEFAULT_PORT = 7880
 DEV_KEY = "devkey"
 READY_S = 20.0
+_ANY_PORT_TRIES = 5
 HOW_TO_GET = (
     "no livekit-server on this machine: `just livekit-server` builds one (needs Go), or "
     "`docker run --rm --network host livekit/livekit-server --dev`"
@@ -73,11 +74,20 @@ class LiveKitServer:
 
     @classmethod
     async def start(cls, log: Path, ports: LiveKitPorts | None = None) -> LiveKitServer:
-        """Returns when it answers. Raises LiveKitUnavailable."""
-        ports = ports or LiveKitPorts.free()
+        """Returns when it answers; on free ports if none are given. Raises LiveKitUnavailable."""
+        find_binary()
         # Not `--dev`'s own "secret": any page in a local browser could make itself a token with it.
         api_secret = secrets.token_urlsafe(32)
-        return cls(await _launch(ports, log, api_secret), ports, log, api_secret)
+        if ports:
+            return cls(await _launch(ports, log, api_secret), ports, log, api_secret)
+        failure: LiveKitUnavailable | None = None
+        for _ in range(_ANY_PORT_TRIES):
+            ports = LiveKitPorts.free()
+            try:
+                return cls(await _launch(ports, log, api_secret), ports, log, api_secret)
+            except LiveKitUnavailable as error:  # somebody took a port in between
+                failure = error
+        raise LiveKitUnavailable(f"no ports would do; the last attempt: {failure}")
 
     async def kill(self) -> None:
         """SIGKILL: the way a server dies that nobody expected to."""

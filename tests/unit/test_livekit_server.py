@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import livekit_server
 from scripts.livekit_server import MODULE, CannotBuild, build, check_version, wanted_go
-from src.common.livekit_server import VERSION, cache_path
+from src.common.livekit_server import VERSION, LiveKitServer, cache_path
 
 FAKE_GO = """#!/bin/sh
 echo "$@" >> "$CALLS"
@@ -135,3 +136,25 @@ def test_trouble_is_said_and_is_status_1(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert livekit_server.main([]) == 1
     assert capsys.readouterr().err.startswith("livekit-server: ")
+
+
+FAKE_SERVER = """#!/bin/sh
+if [ ! -e "$TRIED" ]; then touch "$TRIED"; echo "listen udp: address already in use"; exit 1; fi
+for config; do :; done
+port=$(printf '%s' "$config" | sed 's/.*"port": \\([0-9]*\\).*/\\1/')
+exec "$PYTHON" -m http.server "$port" --bind 127.0.0.1
+"""
+
+
+async def test_a_port_taken_in_between_is_no_reason_to_have_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "livekit-server"
+    fake.write_text(FAKE_SERVER)
+    fake.chmod(0o755)
+    monkeypatch.setenv("LIVEKIT_SERVER", str(fake))
+    monkeypatch.setenv("TRIED", str(tmp_path / "tried"))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    server = await LiveKitServer.start(tmp_path / "log")
+    assert server.child.running
+    await server.close()
