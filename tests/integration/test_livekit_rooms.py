@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,19 @@ from livekit import api, rtc
 
 from src.audio.pcm import Float32, to_int16
 from src.common.livekit_server import LiveKitServer
-from src.demo.room_user import RoomUser, room_user
+from src.demo.room_user import RoomUser, fetch_token, room_user
 from src.rpc.errors import UnknownName
-from src.rpc.ws_events import BargeIn, Error, Heard, SessionEnded, SessionStarted, TranscriptEvent
+from src.rpc.ws_events import (
+    BargeIn,
+    Error,
+    Heard,
+    SessionEnded,
+    SessionStarted,
+    TextInput,
+    TranscriptEvent,
+)
 from tests.audio_fixtures import RATE, cough, espeak_speech, gain
+from tests.integration.live import Installation, installation
 from tests.integration.rooms import ANSWER, Host, host
 
 ROOM = "a-room"
@@ -49,7 +59,7 @@ async def test_a_spoken_question_is_answered_heard_and_captioned(orchestrator: H
     assert states[0] == "initializing"
     assert "speaking" in states
     assert [speech.closed for speech in orchestrator.speech.opened] == [True]
-    assert orchestrator.observer.closed == ["user_left"]
+    assert orchestrator.observer.opened == len(orchestrator.observer.closed) == 1
 
 
 async def test_an_interruption_silences_the_agent_and_cuts_what_was_not_heard(
@@ -247,3 +257,32 @@ async def test_of_two_agents_in_one_room_the_later_one_leaves(orchestrator: Host
         await answering(user)
         assert not first.done()
     assert len(orchestrator.sessions) == 1
+
+
+# --- the whole installation ---
+
+
+async def test_a_token_of_ours_leads_to_an_agent_that_speaks_and_is_interrupted(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    async with installation(tmp_path, livekit=livekit) as running:
+        granted = await fetch_token(running.url, room=ROOM, events="1")
+        async with room_user(granted["server_url"], granted["participant_token"]) as user:
+            started = await user.until_event(SessionStarted)
+            assert started.model == "espeak-en"
+            await user.send_control(TextInput(text="I can count. " * 10, speak=True))
+            await user.first_sound_ms(0)
+            onset = user.talk(espeak_speech("stop please, stop talking"))
+            await user.until_event(BargeIn)
+            assert await user.silence_ms(onset.onset_ms) is not None
+            assert await running.metric("duplex_sessions") == 1
+        await until_metric(running, "duplex_sessions", 0)
+        assert await running.metric('duplex_sessions_ended_total{reason="user_left"}') == 1
+
+
+async def until_metric(running: Installation, name: str, value: float) -> None:
+    for _ in range(100):
+        if await running.metric(name) == value:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{name} did not become {value}")
