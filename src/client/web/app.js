@@ -63,7 +63,14 @@ session.addEventListener('level', ({ detail }) => {
 
 function start(more = {}) {
   timeline.levels.clear();
-  void session.start({ ...controls.wishes, apiKey: apiKey(), mode: 'default', language: '', ...wish, ...more });
+  void session.start({
+    ...controls.wishes,
+    apiKey: apiKey(),
+    mode: 'default',
+    language: '',
+    ...wish,
+    ...more,
+  });
 }
 
 function use(model) {
@@ -89,7 +96,10 @@ function useKey(key) {
 
 function unauthorized() {
   if (state.troubles.some(({ code }) => code === 'unauthorized')) return;
-  local('trouble', trouble('unauthorized', { fatal: false, text: apiKey() ? 'The key was refused.' : undefined }));
+  local(
+    'trouble',
+    trouble('unauthorized', { fatal: false, text: apiKey() ? 'The key was refused.' : undefined }),
+  );
 }
 
 async function look() {
@@ -114,7 +124,10 @@ const bargeIns = new BargeIns($('#barge-ins'));
 const controls = new Controls({
   start,
   stop: () => void session.stop(),
-  setMuted: (muted) => session.setMuted(muted),
+  setMuted: (muted) => {
+    session.setMuted(muted);
+    stale = true;
+  },
   setMic: (id) => void session.setMic(id),
   setSpeaker: (id) => void session.setSpeaker(id),
 });
@@ -184,7 +197,9 @@ function redraw() {
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
-  const writing = event.target.matches('textarea, select, input:not([type=radio], [type=checkbox])');
+  const writing = event.target.matches(
+    'textarea, select, input:not([type=radio], [type=checkbox])',
+  );
   if (event.key === 'Escape') {
     if (!$('#help').matches(':popover-open') && state.mode === 'speaking') inject('stop');
   } else if (writing) return;

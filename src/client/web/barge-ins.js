@@ -2,7 +2,7 @@
 
 import { el, say } from './dom.js';
 import { median } from './readings.js';
-import { VERDICTS, count, ms, verdictSentence } from './words.js';
+import { VERDICTS, count, ms, reasonOf } from './words.js';
 
 const SHOWN = 4;
 
@@ -24,9 +24,12 @@ export class BargeIns {
     const quick = bargeIns.map((barge) => barge.silenceMs).filter((figure) => figure !== null);
     this.#figure.className = quick.length ? '' : 'none';
     say(this.#figure, ms(quick.at(-1) ?? null));
-    say(this.#caption, quick.length
-      ? `to silence, measured here; median ${ms(median(quick))} of ${quick.length}`
-      : 'from your first sound to its silence, measured here');
+    say(
+      this.#caption,
+      quick.length
+        ? `to silence, measured here; median ${ms(median(quick))} of ${quick.length}`
+        : 'from your first sound to its silence, measured here',
+    );
     const rows = bargeIns.slice(-SHOWN).reverse().map(item);
     const none = el('li', { class: 'soft' }, 'Speak while the agent does, or play it a cough.');
     this.#list.replaceChildren(...(rows.length ? rows : [none]));
@@ -35,16 +38,17 @@ export class BargeIns {
 
 function item(barge) {
   const facts = [
-    barge.silenceMs === null ? '' : `silent after ${ms(barge.silenceMs)}`,
-    barge.verdictMs === null ? '' : `judged after ${ms(barge.verdictMs)}`,
+    barge.silenceMs === null ? '' : `silent in ${ms(barge.silenceMs)}`,
+    barge.verdictMs === null ? '' : `judged in ${ms(barge.verdictMs)}`,
     barge.injected ? 'test sound' : '',
   ];
+  const why = reasonOf(barge);
   const line = facts.filter(Boolean).join(', ');
   return el(
     'li',
     { 'data-verdict': barge.verdict },
     el('i', { class: 'glyph', 'aria-hidden': 'true' }),
-    el('span', {}, el('b', {}, VERDICTS[barge.verdict]), `, ${verdictSentence(barge)}`),
+    el('span', {}, el('b', {}, VERDICTS[barge.verdict]), why ? `: ${why}` : ''),
     line ? el('span', { class: 'soft' }, line) : null,
   );
 }

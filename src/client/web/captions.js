@@ -32,7 +32,9 @@ export class Captions {
     const text =
       'What you say appears here while you say it, grey as long as it may change. ' +
       'What the agent had to say and you did not hear is ';
-    this.#box.replaceChildren(el('p', { class: 'empty' }, text, el('s', {}, 'struck through'), '.'));
+    this.#box.replaceChildren(
+      el('p', { class: 'empty' }, text, el('s', {}, 'struck through'), '.'),
+    );
   }
 
   #forget(known) {
@@ -56,12 +58,14 @@ export class Captions {
 
 function turnNode({ you, replies }) {
   const lines = replies.filter((reply) => reply.text || reply.heard || reply.cut).map(replyNode);
-  if (you) lines.unshift(line('you', 'You', el('span', { class: you.final ? '' : 'partial' }, you.text)));
+  if (you)
+    lines.unshift(line('you', 'You', el('span', { class: you.final ? '' : 'partial' }, you.text)));
   return el('div', { class: 'turn' }, ...lines);
 }
 
 function replyNode(reply) {
-  if (!reply.over) return line('agent', 'Agent', el('span', { class: 'partial' }, reply.text.trim()));
+  if (!reply.over)
+    return line('agent', 'Agent', el('span', { class: 'partial' }, reply.text.trim()));
   const cut = reply.cut
     ? el('s', {}, el('span', { class: 'hidden' }, 'not heard: '), reply.cut)
     : null;

@@ -40,7 +40,10 @@ export class LatencyStrip {
     }
     this.#figure.className = turn ? '' : 'none';
     say(this.#figure, ms(figures.first_audio ?? null));
-    say(this.#caption, turn ? captionOf(turn, usual, turns) : 'from your last word to its first sound');
+    say(
+      this.#caption,
+      turn ? captionOf(turn, usual, turns) : 'from your last word to its first sound',
+    );
     this.#drawHistory(turns.slice(-TURNS_SHOWN));
   }
 
@@ -54,9 +57,13 @@ export class LatencyStrip {
         return bar;
       }),
     );
-    set(this.#history, 'aria-label', figures.length
-      ? `First audio of the last ${count(figures.length, 'turn')}, in ms: ${figures.join(', ')}`
-      : 'First audio turn by turn: none yet');
+    set(
+      this.#history,
+      'aria-label',
+      figures.length
+        ? `First audio of the last ${count(figures.length, 'turn')}, in ms: ${figures.join(', ')}`
+        : 'First audio turn by turn: none yet',
+    );
   }
 }
 

@@ -73,7 +73,10 @@ function lineOf({ t_ms: at, type, ...rest }) {
 /** Without a secure context there is only the old way. */
 async function copied(text) {
   if (navigator.clipboard) {
-    return navigator.clipboard.writeText(text).then(() => true, () => false);
+    return navigator.clipboard.writeText(text).then(
+      () => true,
+      () => false,
+    );
   }
   const field = el('textarea', { class: 'hidden' });
   field.value = text;

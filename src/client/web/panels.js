@@ -47,9 +47,19 @@ export class TroublePanels {
     return el(
       'div',
       { class: 'trouble', role: 'alert', 'data-code': code },
-      el('div', { class: 'what' }, el('h2', {}, title), el('p', {}, text), hint ? el('p', {}, hint) : null),
+      el(
+        'div',
+        { class: 'what' },
+        el('h2', {}, title),
+        el('p', {}, text),
+        hint ? el('p', {}, hint) : null,
+      ),
       el('div', { class: 'remedies' }, ...this.#remedies(trouble)),
-      el('button', { type: 'button', class: 'icon close', onclick: dismiss, 'aria-label': 'Dismiss' }, '×'),
+      el(
+        'button',
+        { type: 'button', class: 'icon close', onclick: dismiss, 'aria-label': 'Dismiss' },
+        '×',
+      ),
     );
   }
 
@@ -57,14 +67,20 @@ export class TroublePanels {
     if (code === 'unauthorized') return [this.#keyForm()];
     const offers = [];
     if (code === 'autoplay') offers.push(['Turn sound on', this.#act.soundOn]);
-    if (NEEDS_MIC.includes(code)) offers.push(['Go on without a microphone', this.#act.withoutMicrophone]);
+    if (NEEDS_MIC.includes(code))
+      offers.push(['Go on without a microphone', this.#act.withoutMicrophone]);
     if (NEEDS_ROOM.includes(code)) offers.push(['Use WebSocket', this.#act.useWebSocket]);
     if (fatal) offers.push(['Try again', this.#act.retry]);
     return offers.map(([label, onclick]) => el('button', { type: 'button', onclick }, label));
   }
 
   #keyForm() {
-    const field = el('input', { type: 'password', id: 'api-key', autocomplete: 'off', required: true });
+    const field = el('input', {
+      type: 'password',
+      id: 'api-key',
+      autocomplete: 'off',
+      required: true,
+    });
     const onsubmit = (event) => {
       event.preventDefault();
       if (field.value.trim()) this.#act.useKey(field.value.trim());

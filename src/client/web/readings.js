@@ -1,11 +1,18 @@
 /** What the views ask of the state. Pure. */
 
-export const STAGES = ['endpoint', 'transcript', 'first_token', 'first_clause', 'first_audio', 'heard'];
+export const STAGES = [
+  'endpoint',
+  'transcript',
+  'first_token',
+  'first_clause',
+  'first_audio',
+  'heard',
+];
 // A reply that never comes is not thought about for ever.
 const THINKING_MS = 15_000;
 const ECHO_TIMES = 3;
 
-/** One of idle, connecting, reconnecting, ended, listening, hearing, thinking, speaking, barged_in. */
+/** idle, connecting, reconnecting, ended; listening, hearing, thinking, speaking or barged_in. */
 export function stateName(state, now) {
   if (state.phase !== 'live') return state.phase;
   if (state.mode !== 'listening') return state.mode;
@@ -24,7 +31,9 @@ export function floor(name) {
 /** {endpoint: ms, …} of one turn, counted from the end of the user's speech; null: not known. */
 export function waterfall(turn) {
   const { latency, heardLagMs } = turn;
-  const figures = Object.fromEntries(STAGES.map((stage) => [stage, latency?.[`${stage}_ms`] ?? null]));
+  const figures = Object.fromEntries(
+    STAGES.map((stage) => [stage, latency?.[`${stage}_ms`] ?? null]),
+  );
   if (latency && heardLagMs !== null) figures.heard = latency.first_audio_ms + heardLagMs;
   return figures;
 }
@@ -41,7 +50,10 @@ export function medians(state, typed) {
     .filter((turn) => isTyped(turn) === typed)
     .map(waterfall);
   return Object.fromEntries(
-    STAGES.map((stage) => [stage, median(figures.map((f) => f[stage]).filter((ms) => ms !== null))]),
+    STAGES.map((stage) => [
+      stage,
+      median(figures.map((f) => f[stage]).filter((ms) => ms !== null)),
+    ]),
   );
 }
 
@@ -52,6 +64,5 @@ export function median(numbers) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** The agent keeps stopping at what only it has said: its own voice comes back by the microphone. */
+/** The agent keeps stopping at what only it has said: the microphone hears its voice. */
 export const needsHeadphones = (state) => state.echoes.length >= ECHO_TIMES;
-

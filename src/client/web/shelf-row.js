@@ -21,9 +21,21 @@ export class ModelRow {
   #unload;
 
   constructor(id, act) {
-    this.#use = el('button', { type: 'button', onclick: act.use, 'aria-label': `Speak with ${id}` });
-    this.#load = el('button', { type: 'button', onclick: act.load, 'aria-label': `Load ${id}` }, 'Load');
-    this.#unload = el('button', { type: 'button', onclick: act.unload, 'aria-label': `Unload ${id}` }, 'Unload');
+    this.#use = el('button', {
+      type: 'button',
+      onclick: act.use,
+      'aria-label': `Speak with ${id}`,
+    });
+    this.#load = el(
+      'button',
+      { type: 'button', onclick: act.load, 'aria-label': `Load ${id}` },
+      'Load',
+    );
+    this.#unload = el(
+      'button',
+      { type: 'button', onclick: act.unload, 'aria-label': `Unload ${id}` },
+      'Unload',
+    );
     this.element = el(
       'li',
       { class: 'model', 'data-model': id },
@@ -54,7 +66,8 @@ export class ModelRow {
   #hold({ state, refcount: leases = 0, idle_ms: idle = 0, ttl_left_ms: left = -1 }) {
     const counts = state === 'resident' && !leases && left >= 0;
     this.#idle.hidden = !counts;
-    if (counts) this.#idle.firstElementChild.style.width = `${(100 * left) / Math.max(1, left + idle)}%`;
+    if (counts)
+      this.#idle.firstElementChild.style.width = `${(100 * left) / Math.max(1, left + idle)}%`;
     say(this.#idleText, holdOf(state, leases, left));
   }
 }
@@ -64,7 +77,9 @@ function chipOf({ state, load_progress: progress }) {
 }
 
 function tagsOf({ default_of: defaults = [], fallback }) {
-  return [defaults.length ? 'default' : '', fallback ? 'a stand-in speaks' : ''].filter(Boolean).join(', ');
+  return [defaults.length ? 'default' : '', fallback ? 'a stand-in speaks' : '']
+    .filter(Boolean)
+    .join(', ');
 }
 
 function metaOf({ family, languages = [], voices = [], licence, workers = {}, ...more }) {

@@ -27,7 +27,9 @@ export class Shelf {
     this.#hooks = hooks;
     box.append(this.#memory, this.#list, this.#problem);
     say(this.#problem, 'Asking which voices there are.');
-    new IntersectionObserver(([entry]) => this.#watch(entry.isIntersecting)).observe(box.parentElement);
+    new IntersectionObserver(([entry]) => this.#watch(entry.isIntersecting)).observe(
+      box.parentElement,
+    );
     document.addEventListener('visibilitychange', () => this.#watch(this.#seen));
   }
 
@@ -43,7 +45,10 @@ export class Shelf {
     const answer = await this.#ask('/v1/models');
     if (answer.models) this.#models = answer.models;
     this.#workers = answer.workers ?? this.#workers;
-    say(this.#problem, answer.problem ?? (this.#models.length ? '' : 'No worker has announced itself yet.'));
+    say(
+      this.#problem,
+      answer.problem ?? (this.#models.length ? '' : 'No worker has announced itself yet.'),
+    );
     this.#show();
   }
 
@@ -92,7 +97,9 @@ export class Shelf {
       this.#rows.delete(id);
     }
     for (const model of this.#models) this.#row(model).update(model, this.#facts(model));
-    this.#memory.replaceChildren(...this.#workers.map((worker) => workerNode(worker, this.#models)));
+    this.#memory.replaceChildren(
+      ...this.#workers.map((worker) => workerNode(worker, this.#models)),
+    );
   }
 
   #row(model) {

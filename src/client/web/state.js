@@ -56,7 +56,8 @@ const HANDLERS = {
   flush: onFlush,
   barge_in: onBargeIn,
   heard: onHeard,
-  latency: (state, event) => withTurn(state, event.turn_id, (turn) => ({ ...turn, latency: event })),
+  latency: (state, event) =>
+    withTurn(state, event.turn_id, (turn) => ({ ...turn, latency: event })),
   model: (state, event) => ({
     ...state,
     voice: {
@@ -74,6 +75,7 @@ const HANDLERS = {
   'client.trouble': (state, event) => withTrouble(state, event),
   'client.dismiss': (state, event) => ({
     ...state,
+    echoes: event.code === 'headphones' ? [] : state.echoes,
     troubles: state.troubles.filter((trouble) => trouble.code !== event.code),
   }),
   'client.injected': (state, _event, at) => ({ ...state, injectedAt: at }),
@@ -101,7 +103,11 @@ function onTranscript(state, event, at) {
   const you = { text: event.text, final: event.final, stable: event.stable_chars ?? 0 };
   const next = withTurn(state, event.turn_id, (turn) => ({ ...turn, you }));
   if (!event.final) return next;
-  return withEcho({ ...next, thinkingSince: state.mode === 'listening' ? at : null }, event.text, at);
+  return withEcho(
+    { ...next, thinkingSince: state.mode === 'listening' ? at : null },
+    event.text,
+    at,
+  );
 }
 
 function onReplyText(state, event) {
@@ -209,7 +215,8 @@ function onPlayed(state, { utterance_id: id, seq }, at) {
   const mine = (span) => span.lane === 'agent' && span.id === id;
   const current = state.spans.findLast(mine);
   if (!current) return { ...state, heard };
-  const spans = current.to === null ? changed(state.spans, isOpen('agent', id), { heardAt: at }) : state.spans;
+  const spans =
+    current.to === null ? changed(state.spans, isOpen('agent', id), { heardAt: at }) : state.spans;
   const next = { ...state, heard, spans: finished(spans, heard, at) };
   return current.kind === 'speech' ? withHeardLag(next, current, heard) : next;
 }
@@ -224,7 +231,9 @@ function withHeardLag(state, span, { utterance_id: id, seq, at }) {
 
 function finished(spans, heard, at) {
   const played = (span) =>
-    isOpen('agent', heard?.utterance_id)(span) && span.frames !== null && heard.seq >= span.frames - 1;
+    isOpen('agent', heard?.utterance_id)(span) &&
+    span.frames !== null &&
+    heard.seq >= span.frames - 1;
   return heard ? closed(spans, played, at) : spans;
 }
 
@@ -334,7 +343,10 @@ function settled(state, at) {
 
 function withTrouble(state, { code, title, text, hint, fatal = false }) {
   const others = state.troubles.filter((known) => known.code !== code);
-  return { ...state, troubles: [...others, { code, title, text, hint, fatal }].slice(-TROUBLES_KEPT) };
+  return {
+    ...state,
+    troubles: [...others, { code, title, text, hint, fatal }].slice(-TROUBLES_KEPT),
+  };
 }
 
 function deepFreeze(value) {

@@ -1,4 +1,4 @@
-/** Two lanes, the newest at the right: who was heard, what the detector made of it, and what it did. */
+/** Two lanes, the newest at the right: who was heard, and what the detector made of it. */
 
 import { seconds, count } from './words.js';
 import { tally } from './barge-ins.js';
@@ -107,7 +107,10 @@ export class Timeline {
     for (let t = first; startedAt + t <= now; t += 5000) {
       const at = Math.round(x(startedAt + t)) + 0.5;
       pen.globalAlpha = 0.12;
-      stroke(pen, [[at, 0], [at, height - 14]]);
+      stroke(pen, [
+        [at, 0],
+        [at, height - 14],
+      ]);
       pen.globalAlpha = 0.75;
       if (at > 4 && at < width - 34) pen.fillText(clock(t), at - 0.5, height - 3);
     }
@@ -122,7 +125,10 @@ export class Timeline {
     for (const lane of Object.keys(LANES)) {
       pen.fillText(lane, 0, y(lane) - half - 4);
       pen.globalAlpha = 0.25;
-      stroke(pen, [[0, y(lane) + 0.5], [width, y(lane) + 0.5]]);
+      stroke(pen, [
+        [0, y(lane) + 0.5],
+        [width, y(lane) + 0.5],
+      ]);
       pen.globalAlpha = 1;
     }
   }
@@ -159,7 +165,9 @@ export class Timeline {
     const voiced = spans.filter((span) => span.lane === 'you');
     const room = half - 3;
     this.levels.since(from, (at, mic, agent) => {
-      const span = voiced.findLast((known) => known.from - 120 <= at && at <= (known.to ?? Infinity));
+      const span = voiced.findLast(
+        (known) => known.from - 120 <= at && at <= (known.to ?? Infinity),
+      );
       const colour = { confirmed: 'voice', edge: 'edge', rejected: 'noise' }[span?.kind];
       bar(pen, x(at), y('you'), tall(mic) * room, this.#colours[colour] ?? this.#colours.noise);
       bar(pen, x(at), y('agent'), tall(agent) * room, this.#colours.agent);
@@ -175,7 +183,11 @@ export class Timeline {
       const at = x(Math.min(span.heardAt, span.to ?? Infinity));
       const low = y('agent') + half;
       pen.fillRect(at - 0.75, low - 2 * half, 1.5, 2 * half);
-      shape(pen, [[at - 5, low + 7], [at + 5, low + 7], [at, low]]);
+      shape(pen, [
+        [at - 5, low + 7],
+        [at + 5, low + 7],
+        [at, low],
+      ]);
     }
   }
 
@@ -188,7 +200,10 @@ export class Timeline {
       if (left < LABELS_PX) continue;
       if (kind === 'flush') {
         pen.lineWidth = 1.5;
-        stroke(pen, [[left, y('agent') - half - 3], [left, y('agent') + half]]);
+        stroke(pen, [
+          [left, y('agent') - half - 3],
+          [left, y('agent') + half],
+        ]);
       } else glyph(pen, kind, left, middle);
     }
   }
@@ -199,7 +214,12 @@ function glyph(pen, kind, x, y) {
     pen.fillRect(x - 4, y - 5, 3, 10);
     pen.fillRect(x + 1, y - 5, 3, 10);
   } else if (kind === 'stop') pen.fillRect(x - 4.5, y - 4.5, 9, 9);
-  else shape(pen, [[x - 4, y - 5.5], [x + 5.5, y], [x - 4, y + 5.5]]);
+  else
+    shape(pen, [
+      [x - 4, y - 5.5],
+      [x + 5.5, y],
+      [x - 4, y + 5.5],
+    ]);
 }
 
 const tall = (dbfs) => Math.min(1, Math.max(0, (dbfs - QUIET_DBFS) / (LOUD_DBFS - QUIET_DBFS)));

@@ -30,11 +30,7 @@ export const STAGES = {
   heard: 'heard',
 };
 
-export const VERDICTS = {
-  pending: 'Paused',
-  real: 'Interruption',
-  false: 'False alarm',
-};
+export const VERDICTS = { pending: 'Paused', real: 'Stopped', false: 'Went on' };
 
 const REASONS = {
   stop_word: 'you told it to stop',
@@ -47,15 +43,11 @@ const REASONS = {
   short: 'too short to be meant',
 };
 
-/** 'it stopped: you said something', 'it went on: that was no voice' */
-export function verdictSentence({ verdict, reason }) {
-  if (verdict === 'pending') return 'listening whether you mean it';
-  const outcome = verdict === 'real' ? 'it stopped' : 'it went on';
-  const why = REASONS[reason] ?? reason.replaceAll('_', ' ');
-  return why ? `${outcome}: ${why}` : outcome;
+/** Why it did so. */
+export function reasonOf({ verdict, reason }) {
+  if (verdict === 'pending') return 'do you mean it?';
+  return REASONS[reason] ?? reason.replaceAll('_', ' ');
 }
-
-export const SOUNDS = { cough: 'Cough', 'mm-hmm': 'Mm-hmm', stop: '“Stop”' };
 
 export const ms = (number) => (number === null ? '–' : `${Math.round(number)} ms`);
 export const seconds = (number) => `${(number / 1000).toFixed(1)} s`;
