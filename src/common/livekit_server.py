@@ -105,8 +105,9 @@ class LiveKitServer:
 
 async def _launch(ports: LiveKitPorts, log: Path, api_secret: str) -> Child:
     argv = [str(find_binary()), "--dev", "--node-ip", "127.0.0.1"]
-    argv += ["--config-body", json.dumps(_config(ports, api_secret))]
-    child = await Child.start("livekit-server", argv, log=log)
+    # Not an argument: everybody on the machine can read those.
+    env = {"LIVEKIT_CONFIG": json.dumps(_config(ports, api_secret))}
+    child = await Child.start("livekit-server", argv, log=log, env=env)
     try:
         await child.ready(lambda: _answers(ports.http), READY_S)
     except ProcessFailed as error:

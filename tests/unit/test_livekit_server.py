@@ -140,8 +140,7 @@ def test_trouble_is_said_and_is_status_1(
 
 FAKE_SERVER = """#!/bin/sh
 if [ ! -e "$TRIED" ]; then touch "$TRIED"; echo "listen udp: address already in use"; exit 1; fi
-for config; do :; done
-port=$(printf '%s' "$config" | sed 's/.*"port": \\([0-9]*\\).*/\\1/')
+port=$(printf '%s' "$LIVEKIT_CONFIG" | sed 's/.*"port": \\([0-9]*\\).*/\\1/')
 exec "$PYTHON" -m http.server "$port" --bind 127.0.0.1
 """
 
