@@ -70,7 +70,7 @@ class TTS(tts.TTS[str]):
         voice: str = "",
         language: str = "",
         settings: Mapping[str, str] | None = None,
-        ahead_ms: int = 500,
+        ahead_ms: int = 1_000,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         super().__init__(
