@@ -22,7 +22,8 @@ class LiveKitSettings(StrictModel):
     dispatch: Literal["explicit", "automatic"] = "explicit"
     token_ttl_ms: int = Field(600_000, ge=10_000)
     join_timeout_ms: int = Field(30_000, ge=1_000)
-    user_gone_ms: int = Field(3_000, ge=500)
+    # A silent microphone sends a packet every 420 ms (Opus DTX): less would take that for absence.
+    user_gone_ms: int = Field(3_000, ge=1_000)
     reconnect_grace_ms: int = Field(20_000, ge=1_000)
     lead_ms: int = Field(20, ge=10, le=100)
     red: bool = True

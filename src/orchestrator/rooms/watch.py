@@ -1,4 +1,4 @@
-"""The shell of presence.py: a timer, and a look at the microphone twice a second."""
+"""The shell of presence.py: a timer, and now and then a look at the microphone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.orchestrator.rooms.presence import (
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_LOOK_MS = 500
 
 
 class Watch:
@@ -48,8 +48,9 @@ class Watch:
 
     async def run(self, packet_age_ms: Callable[[], Awaitable[float | None]]) -> None:
         """Look after the microphone while it is live. Runs until cancelled."""
+        every_s = min(_LOOK_MS, self._limits.gone_ms / 4) / 1000
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(every_s)
             if self._presence.packet_ms is None:
                 continue
             age_ms = await packet_age_ms()
