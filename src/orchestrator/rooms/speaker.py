@@ -53,8 +53,11 @@ class RoomSpeaker:
     """Paces speech into a sink, `lead_ms` ahead of real time, and knows what was heard.
 
     Between utterances it does nothing at all: the source sends silence of its own without a gap
-    (no concealment at the listener, measured with livekit 1.1.21), and a first frame has nothing to
-    wait behind. Everything but `run` returns at once and is to be called on the event loop.
+    (no concealment at the listener, livekit 1.1.21), and a first frame has nothing to wait behind.
+    Silence of ours would cost half as much again as an idle session does (0.040 against 0.027 core
+    with five of them), and 36 ms until the first word.
+
+    Everything but `run` returns at once and is to be called on the event loop.
     `on_played(utterance_id, seq)` is called by `run` every 40 ms of speech and after an utterance's
     last frame, with the last frame heard.
     """
