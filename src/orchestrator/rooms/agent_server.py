@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FOR_EVER = 1 << 30
-# The LiveKit server sends nothing to a worker whose load is 1.0.
-_ALMOST_FULL = 0.99
+# From `agents.target_load` on, 0.7 by default, a LiveKit server sends nothing to a worker. Who is
+# full is for us to say; to it the load only tells the fuller of two.
+_FULL_LOAD = 0.6
 _LOOK_S = 0.25
 _CLOSE_S = 5.0
 
@@ -177,7 +178,7 @@ class Registered:
             seat.lapses.cancel()
         return seat
 
-    def begin_job(self, info: RunningJobInfo) -> asyncio.Task[None]:
+    def begin_job(self, info: RunningJobInfo) -> asyncio.Future[None]:
         """From inside `accept`, which knows what to do when it fails."""
         access = RoomAccess(info.url, info.token, info.job.room.name)
         _, seat = self._accepted[info.job.id]
@@ -220,8 +221,8 @@ class Registered:
             host="127.0.0.1",
             port=0,
             load_fnc=lambda: self._load,
-            # It asks about every job, and `_on_request` knows. Its own count of who is full is up
-            # to 2.5 s old, and a job that is turned away in that time is lost for ever.
+            # Never full: every job is asked about, and `_on_request` knows. A status is up to 2.5 s
+            # old, and a job that is not sent to us because of an old one is lost for ever.
             load_threshold=math.inf,
             max_retry=_FOR_EVER,
             num_idle_processes=0,
@@ -238,7 +239,7 @@ class Registered:
         while True:
             # A slot that waits is free for the job that it waits for.
             taken = self._slots.held - len(self._waiting)
-            self._load = min(_ALMOST_FULL, taken / self._slots.max_sessions)
+            self._load = _FULL_LOAD * taken / self._slots.max_sessions
             if (now := self.registered) is not was:
                 was = now
                 self._say_registered(now)

@@ -24,7 +24,7 @@ __all__ = [
     "AgentServer", "InLoop", "JobHost", "JobRequest", "RunningJobInfo", "check_agents", "connected",
 ]  # fmt: skip
 
-_CLOSE_S = 5.0
+_CLOSE_S = 10.0
 _POOL_NAMES = (
     "processes", "start", "aclose", "launch_job", "get_by_job_id", "set_target_idle_processes",
 )  # fmt: skip
@@ -33,12 +33,12 @@ _POOL_NAMES = (
 class JobHost(Protocol):
     """Who does the work."""
 
-    def begin_job(self, info: RunningJobInfo) -> asyncio.Task[None]:
-        """The host keeps the task. May raise: the job is then not taken."""
+    def begin_job(self, info: RunningJobInfo) -> asyncio.Future[None]:
+        """Done when the job has ended. May raise: the job is then not taken."""
         ...
 
     def close_job(self, info: RunningJobInfo) -> None:
-        """Ask it to end; it is cancelled if it does not."""
+        """Ask it to end."""
         ...
 
 
@@ -106,17 +106,15 @@ class Job:
         self.status = ipc.job_executor.JobStatus.RUNNING
         self._info = info
         self._host = host
-        self.task = host.begin_job(info)
+        self.ended = host.begin_job(info)
 
     async def join(self) -> None:
-        await asyncio.wait([self.task])
+        await asyncio.wait([self.ended])
 
     async def aclose(self) -> None:
+        """Who does the work has the tasks, and ends those that do not end by themselves."""
         self._host.close_job(self._info)
-        _, running = await asyncio.wait([self.task], timeout=_CLOSE_S)
-        if running:
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=_CLOSE_S)
+        await asyncio.wait([self.ended], timeout=_CLOSE_S)
 
     def logging_extra(self) -> dict[str, Any]:
         return {"job_id": self.id}
@@ -148,7 +146,7 @@ class InLoopPool(rtc.EventEmitter[str]):
     async def launch_job(self, info: RunningJobInfo) -> None:
         job = self._jobs[info.job.id] = Job(info, self._host)
         self.emit("process_job_launched", job)
-        job.task.add_done_callback(lambda _: self._done(job))
+        job.ended.add_done_callback(lambda _: self._done(job))
 
     async def aclose(self) -> None:
         await asyncio.gather(*(job.aclose() for job in self.processes))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from livekit import rtc
 
@@ -42,7 +42,7 @@ class RoomAccess:
     """`token` is ours, for `room`. `identity`: whom to listen to; empty: whoever comes first."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
     room: str
     identity: str = ""
 
@@ -88,6 +88,12 @@ class RoomVisit:
         self._user_here = False
         self._session: Session | None = None
         self._transport: RoomTransport | None = None
+        self._link: Link | None = None
+
+    @property
+    def linked(self) -> str:
+        """The identity of the user whom the visit is for; "" until one has come."""
+        return self._link.identity if self._link is not None else ""
 
     def warn(self, error: DuplexError) -> None:
         """Tell the user; the visit goes on."""
@@ -106,7 +112,7 @@ class RoomVisit:
             return self._reason
         room, intake = rtc.Room(), Intake(self.close)
         watch = Watch(self._limits(), self._clock, on_here=self._on_here, on_end=self.close)
-        link = Link(
+        link = self._link = Link(
             room,
             wanted=self._access.identity,
             agent_name=self._settings.agent_name,

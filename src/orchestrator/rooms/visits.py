@@ -51,7 +51,7 @@ class _Stay:
     """Our presence in one room. A reload of the page may follow one visit with another."""
 
     visit: Visit
-    closing: bool = False
+    first: asyncio.Future[None]
     heir: RoomAccess | None = None
     heir_until_ms: float = 0.0
 
@@ -97,21 +97,20 @@ class Visits:
             finally:
                 self._tasks = None
 
-    def begin(self, access: RoomAccess, who: str) -> asyncio.Task[None]:
+    def begin(self, access: RoomAccess, who: str) -> asyncio.Future[None]:
         """A visit in a room that we are not in, for a slot of `who` that was taken for it.
 
-        Raises Unavailable, and whatever makes a visit raises: the slot is then still the caller's.
+        The answer is done when this visit has ended; that of an heir may follow it. Raises
+        Unavailable, and whatever makes a visit raises: the slot is then still the caller's.
         """
         if self._tasks is None or self._draining:
             raise going_down()
-        stay = _Stay(self._make_visit(access))
-        task: asyncio.Task[None] = self._tasks.create_task(
-            self._stay(access, stay), name=f"room {access.room}"
-        )
+        stay = _Stay(self._make_visit(access), asyncio.get_running_loop().create_future())
+        task = self._tasks.create_task(self._stay(access, stay), name=f"room {access.room}")
         self._stays[access.room] = stay
         # Not in the coroutine: one that is cancelled before its first step runs no `finally`.
         task.add_done_callback(lambda _: self._left(access.room, who))
-        return task
+        return stay.first
 
     def expect(self, access: RoomAccess) -> None:
         """Somebody else has a token for a room that we are in: most often the page was reloaded.
@@ -127,14 +126,12 @@ class Visits:
 
     def close(self, room: str, reason: str) -> None:
         if stay := self._stays.get(room):
-            stay.closing = True
             stay.visit.close(reason)
 
     async def drain(self, drain_ms: int) -> None:
         """Begin nothing new, tell everybody, wait, close what is left; cancel what will not end."""
         self._draining = True
         for stay in self._stays.values():
-            stay.closing = True
             stay.visit.warn(going_down())
         await self._until_empty(drain_ms / 1000)
         for room in list(self._stays):
@@ -152,7 +149,7 @@ class Visits:
             self._empty.set()
 
     def _left(self, room: str, who: str) -> None:
-        del self._stays[room]
+        _settle(self._stays.pop(room).first)
         self._slots.give_back(who)
         if self._draining:
             self._check_empty()
@@ -160,8 +157,9 @@ class Visits:
     async def _stay(self, access: RoomAccess, stay: _Stay) -> None:
         with log_context(room=access.room):
             while await self._visit(stay):
+                _settle(stay.first)
                 heir, stay.heir = stay.heir, None
-                if heir is None or stay.closing or self._clock.now_ms() > stay.heir_until_ms:
+                if heir is None or self._draining or self._clock.now_ms() > stay.heir_until_ms:
                     return
                 log.info("another has come for this room")
                 stay.visit = self._make_visit(heir)
@@ -182,6 +180,11 @@ class Visits:
             return False
         log.info("visit ends", extra={"reason": reason})
         return True
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def going_down() -> Unavailable:
