@@ -181,6 +181,14 @@ async def test_what_was_cut_is_kept_apart_from_what_was_heard(page: Page) -> Non
     assert (reply["heard"], reply["cut"], reply["text"]) == ("It is", "noon.", "It is noon.")
 
 
+@pytest.mark.parametrize("told", ["the next answer", "more of the question"])
+async def test_an_answer_that_came_too_early_is_taken_back(page: Page, told: str) -> None:
+    again = {**WRITTEN, "utterance_id": "u2"} if told == "the next answer" else ASK[-1]
+    result = await fold(page, LIVE + ASK + [ENDED, FINAL, WRITTEN, again])
+    (turn,) = result["state"]["turns"]
+    assert "u1" not in [reply["id"] for reply in turn["replies"]]
+
+
 async def test_a_false_alarm_leaves_two_spans_and_the_marks_between_them(page: Page) -> None:
     resumed = {"type": "audio.begin", "utterance_id": "u1", "seq": 9, "resumed": True}
     rejected = {"type": "speech", "phase": "rejected"}

@@ -201,7 +201,9 @@ async def test_a_keyboard_is_enough(ui: ShownPage) -> None:
     await ui.page.keyboard.press("Escape")
     assert await ui.calls("inject") == [["stop"]]
     await ui.page.keyboard.press("Enter")
+    await ui.settle()
     assert len(await ui.calls("stop")) == 1
+    assert await ui.text("#state-hint") == "You hung up. Press start to talk again."
 
 
 async def test_the_first_tab_skips_to_the_conversation(ui: ShownPage) -> None:

@@ -21,7 +21,7 @@ const FRAME_MS = 20;
 // A flush is obeyed within some tens of ms, and its message may overtake the barge-in's.
 const SAME_MOMENT_MS = 1_000;
 // How long after a test sound a barge-in is still that sound's doing.
-const SOUND_MS = 3_000;
+const SOUND_MS = 1_500;
 const ECHO_WINDOW_MS = 60_000;
 
 export const initial = deepFreeze({
@@ -101,7 +101,11 @@ function onState(state, event, at) {
 function onTranscript(state, event, at) {
   if (!event.text) return state;
   const you = { text: event.text, final: event.final, stable: event.stable_chars ?? 0 };
-  const next = withTurn(state, event.turn_id, (turn) => ({ ...turn, you }));
+  const next = withTurn(state, event.turn_id, (turn) => ({
+    ...turn,
+    you,
+    replies: event.final || state.mode !== 'listening' ? turn.replies : spoken(turn),
+  }));
   if (!event.final) return next;
   return withEcho(
     { ...next, thinkingSince: state.mode === 'listening' ? at : null },
@@ -132,11 +136,14 @@ function onHeard(state, event, at) {
   };
 }
 
+/** An answer that was begun too early is taken back without a word: nobody heard of it. */
+const spoken = ({ replies }) => replies.filter((reply) => reply.over);
+
 function withReply(state, turnId, utteranceId, change) {
   return withTurn(state, turnId, (turn) => {
     const known = turn.replies.some((reply) => reply.id === utteranceId);
     const fresh = { id: utteranceId, text: '', written: false, over: false, heard: '', cut: '' };
-    const replies = known ? turn.replies : [...turn.replies, fresh];
+    const replies = known ? turn.replies : [...spoken(turn), fresh];
     return {
       ...turn,
       replies: replies.map((reply) => (reply.id === utteranceId ? change(reply) : reply)),
@@ -296,8 +303,8 @@ function onSilence(state, event, at) {
 function withEcho(state, text, at) {
   const barge = state.bargeIns.at(-1);
   if (barge?.verdict !== 'real' || barge.injected || at - barge.at > 10_000) return state;
-  const spoken = state.turns.flatMap((turn) => turn.replies).find((reply) => reply.id === barge.id);
-  const own = new Set(words(spoken?.text ?? ''));
+  const reply = state.turns.flatMap((turn) => turn.replies).find(({ id }) => id === barge.id);
+  const own = new Set(words(reply?.text ?? ''));
   const said = words(text);
   const same = said.filter((word) => own.has(word)).length;
   if (said.length < 3 || same / said.length < 0.8) return state;

@@ -13,12 +13,10 @@ export const STATES = {
 };
 
 export const ENDED = {
-  client_ended: 'You ended the conversation.',
-  cancelled: 'The conversation was cut off.',
-  idle: 'Nobody had spoken for a long time.',
-  user_left: 'You left the room.',
+  stopped: 'You hung up. Press start to talk again.',
+  ended: 'The other side hung up. Press start to talk again.',
   draining: 'The server is going down.',
-  shutdown: 'The server is going down.',
+  lost: 'The line was lost. Press start to try again.',
 };
 
 export const STAGES = {
