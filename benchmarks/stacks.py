@@ -111,7 +111,7 @@ async def _lab(
         llm_base_url=options.llm_base_url,
         worker_args=("--metrics_port", str(metrics_port)),
         orchestrator_args=(
-            *("--config", str(_config(bench.logs / name / "orchestrator.yaml", config))),
+            *("--config", str(config_file(bench.logs / name / "orchestrator.yaml", config))),
             *("--samples", str(samples)),
             *options.orchestrator_args,
         ),
@@ -123,7 +123,7 @@ async def _lab(
     lab.collect()
 
 
-def _config(path: Path, overrides: Mapping[str, Any]) -> Path:
+def config_file(path: Path, overrides: Mapping[str, Any]) -> Path:
     """The shipped configuration with these dotted keys laid over it."""
     raw = yaml.safe_load((ROOT / "configs" / "orchestrator.yaml").read_text(encoding="utf-8"))
     for dotted, value in overrides.items():
