@@ -97,7 +97,8 @@ class TalkingPage:
         try:
             await self.page.wait_for_function(condition, timeout=patience_ms, polling=20)
         except Error:
-            last = await self.run("log.filter(({ type }) => type !== 'level').slice(-30)")
+            # Neither levels nor positions: there are too many of them.
+            last = await self.run("log.filter(({ type }) => !/level|played/.test(type)).slice(-20)")
             raise AssertionError(
                 f"waited in vain for {what}; {self.complaints}; last: {json.dumps(last)}"
             ) from None

@@ -35,6 +35,11 @@ STORY = (
 )
 
 
+# The microphone is open before the session is: on a busy machine a room takes some seconds.
+LEAD_MS = 8_000
+ESTIMATE_FRAMES = 5
+
+
 def reply(messages: list[dict[str, str]]) -> Answer:
     asked = messages[-1]["content"].lower()
     return words("It is the town of Paris." if "capital" in asked else "Okay.")
@@ -110,7 +115,7 @@ async def test_a_question_into_the_microphone_is_recognised_and_answered(
     place: Place, tmp_path: Path
 ) -> None:
     question = at_level(user_speech("What is the capital of France?"), -22.0)
-    microphone = wav(tmp_path / "question.wav", np.concatenate([silence(3000), question]))
+    microphone = wav(tmp_path / "question.wav", np.concatenate([silence(LEAD_MS), question]))
     async with (
         chromium(microphone) as browser,
         talking_page(browser, place.running.url, place.transport) as page,
@@ -132,7 +137,7 @@ async def test_what_is_played_is_told_frame_by_frame_to_the_last(page: TalkingPa
     await page.live()
     await page.say("One, two, three.")
     end = await page.event("audio.end")
-    await page.event("heard", completed=True)
+    await page.until_told("played", seq=end["frames"] - 1)
     played = await page.told("played")
     seqs = [told["seq"] for told in played]
     assert seqs == sorted(seqs)
@@ -170,7 +175,9 @@ async def test_a_false_alarm_loses_and_repeats_nothing(page: TalkingPage, sound:
     await page.event("barge_in", verdict="false")
     resumed = await page.event("audio.begin", utterance_id=story, resumed=True)
     before = [told["seq"] for told in await page.told("played") if told["seq"] < resumed["seq"]]
-    assert resumed["seq"] == max(before) + 1, "the first frame that was not heard"
+    # In a room only the server knows exactly; the page goes by the clock.
+    unsure = ESTIMATE_FRAMES if page.transport == "livekit" else 0
+    assert abs(resumed["seq"] - max(before) - 1) <= unsure, "the first frame that was not heard"
     heard = await page.event("heard", utterance_id=story)
     assert heard["heard"] == STORY
     assert heard["completed"] is True
@@ -194,9 +201,9 @@ async def test_at_another_sample_rate_the_voice_is_the_same(page: TalkingPage) -
     await page.live(rate=44100)
     await page.say("One, two, three.")
     end = await page.event("audio.end")
+    await page.until_told("played", seq=end["frames"] - 1)
     heard = await page.event("heard")
     assert heard["completed"] is True
-    assert (await page.told("played"))[-1]["seq"] == end["frames"] - 1
 
 
 async def test_stopping_gives_microphone_and_place_back(page: TalkingPage) -> None:

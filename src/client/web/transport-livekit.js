@@ -13,6 +13,11 @@ const CONTROL = 'duplex.control';
 const AGENT_COMES_MS = 15000;
 const AGENT_GONE_MS = 3000;
 const AGENT_RETURNS_MS = 20000;
+/**
+ * livekit-client 2.23 says "reconnected" two seconds before it is done after a restart; data
+ * published until then is taken, and never sent.
+ */
+const SDK_SETTLES_MS = 2500;
 /** Troubles that pass: a call that was lost is tried again in spite of them. */
 const PASSING = ['no_server', 'livekit_unreachable', 'lost', 'full', 'no_agent'];
 
@@ -31,7 +36,9 @@ export class LiveKitTransport {
   #started = false;
   /** Started, but one of the two is not in the room now. */
   #apart = false;
+  #restarting = false;
   #closed = false;
+  #sendable = Promise.resolve();
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #agentTimer;
   #endReason = '';
@@ -92,6 +99,7 @@ export class LiveKitTransport {
   async #control(/** @type {object} */ event) {
     const data = new TextEncoder().encode(JSON.stringify(event));
     const how = { reliable: true, topic: CONTROL };
+    await this.#sendable;
     await this.#room?.localParticipant.publishData(data, how).catch(() => {});
   }
 
@@ -119,7 +127,7 @@ export class LiveKitTransport {
       .on(RoomEvent.ParticipantConnected, () => this.#onTogether())
       .on(RoomEvent.ParticipantDisconnected, () => this.#onSomebodyLeft())
       .on(RoomEvent.SignalReconnecting, () => this.#onApart())
-      .on(RoomEvent.Reconnecting, () => this.#onApart())
+      .on(RoomEvent.Reconnecting, () => this.#onRestart())
       .on(RoomEvent.Reconnected, () => this.#onReconnected())
       .on(RoomEvent.Disconnected, () => !this.#closed && this.#end(trouble('lost')))
       .on(RoomEvent.AudioPlaybackStatusChanged, () => {
@@ -150,6 +158,12 @@ export class LiveKitTransport {
     this.#listener.reconnecting();
   }
 
+  /** The whole connection is made anew, not only the socket. */
+  #onRestart() {
+    this.#restarting = true;
+    this.#onApart();
+  }
+
   /** The call goes on when both are back: what is said into an empty room is lost. */
   #onTogether() {
     if (!this.#apart || this.#closed) return;
@@ -167,6 +181,8 @@ export class LiveKitTransport {
   /** When the server was restarted, everybody comes back one by one. */
   #onReconnected() {
     if (this.#closed) return;
+    if (this.#restarting) this.#sendable = pause(SDK_SETTLES_MS);
+    this.#restarting = false;
     this.#expectAgent(AGENT_RETURNS_MS, 'lost');
     this.#onTogether();
   }
@@ -237,4 +253,9 @@ export class LiveKitTransport {
     await room?.disconnect();
     this.#up?.close();
   }
+}
+
+/** @returns {Promise<void>} */
+function pause(/** @type {number} */ ms) {
+  return new Promise((done) => setTimeout(done, ms));
 }

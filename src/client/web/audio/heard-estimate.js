@@ -24,7 +24,7 @@ export class HeardEstimate {
     if (event.type === 'audio.begin') this.#begin(event);
     else if (event.utterance_id !== this.#utteranceId) return;
     else if (event.type === 'audio.end') this.#last = event.frames - 1;
-    else if (event.type === 'flush') this.stop();
+    else if (event.type === 'flush') this.#cut();
   }
 
   stop() {
@@ -41,12 +41,22 @@ export class HeardEstimate {
     this.#timer = setInterval(() => this.#tick(), TELL_EVERY_MS);
   }
 
+  /** What is on its way to us is heard all the same. */
+  #cut() {
+    this.#hear(performance.now() + DOWNLINK_MS);
+    this.stop();
+  }
+
   #tick() {
-    const at = performance.now();
+    this.#hear(performance.now());
+    if (this.#told >= this.#last) this.stop();
+  }
+
+  #hear(/** @type {number} */ at) {
     const due = this.#from + Math.floor((at - this.#beganAt) / FRAME_MS) - 1;
     const seq = Math.min(due, this.#last);
-    if (seq > this.#told) this.#tell({ utterance_id: this.#utteranceId, seq, at });
-    this.#told = Math.max(this.#told, seq);
-    if (seq === this.#last) this.stop();
+    if (seq <= this.#told) return;
+    this.#told = seq;
+    this.#tell({ utterance_id: this.#utteranceId, seq, at });
   }
 }
