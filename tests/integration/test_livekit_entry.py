@@ -8,11 +8,15 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
 from livekit import api, rtc
@@ -21,7 +25,7 @@ from src.common.clock import MonotonicClock
 from src.common.livekit_server import LiveKitServer
 from src.common.logging import JsonFormatter
 from src.common.tasks import cancel_and_wait
-from src.demo.room_user import TokenRefused, fetch_token
+from src.demo.room_user import TokenRefused, fetch_token, room_user
 from src.orchestrator.app import make_app
 from src.orchestrator.auth import ApiKeys, SessionSlots
 from src.orchestrator.http_api import HttpApi
@@ -30,6 +34,8 @@ from src.orchestrator.rooms.rooms import Rooms
 from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.rooms.visit import RoomAccess
 from src.rpc.errors import DuplexError, Unavailable
+from src.rpc.ws_events import SessionStarted
+from tests.integration.live import Installation, installation
 
 LIVENESS_S = 40.0
 BOTH = pytest.mark.parametrize("entry", ["direct", "agentserver"])
@@ -476,3 +482,71 @@ async def test_other_agent_servers_of_this_process_keep_their_pool(
     async with Desk(livekit, "agentserver").open() as desk:
         await desk.ready()
         assert ipc.proc_pool.ProcPool is original
+
+
+# --- the orchestrator itself ---
+
+
+@asynccontextmanager
+async def orchestrator(
+    logs: Path, server: LiveKitServer, entry: str, **environ: str
+) -> AsyncIterator[Installation]:
+    """Its own process, with real visits; it understands no words."""
+    config = (
+        f"livekit: {{entry: {entry}}}\nasr: {{engine: /nowhere/at/all}}\n"
+        "server: {drain_ms: 300}\n"
+    )
+    env = {"DUPLEX_API_KEY": "", **environ}
+    async with installation(logs, livekit=server, config=config, env=env) as running:
+        yield running
+
+
+@BOTH
+async def test_a_session_begins_and_no_token_is_in_the_log(
+    livekit: LiveKitServer, entry: str, tmp_path: Path
+) -> None:
+    async with orchestrator(tmp_path, livekit, entry) as running:
+        await _rooms_ready(running)
+        granted = await fetch_token(running.url, identity="ada", events="1")
+        async with room_user(granted["server_url"], granted["participant_token"]) as person:
+            started = await person.until_event(SessionStarted)
+            assert started.model == "espeak-en"
+            assert await running.metric("duplex_rooms") == 1.0
+            os.kill(running.orchestrator.pid, signal.SIGTERM)
+            status = await asyncio.wait_for(running.orchestrator.wait(), LIVENESS_S)
+    log = (tmp_path / "orchestrator.log").read_text()
+    assert status == 0, log[-3000:]
+    assert '"token"' in log or ": token" in log
+    assert "eyJ" not in log
+    assert "Traceback" not in log
+
+
+async def test_a_wrong_secret_is_told_by_the_orchestrator_and_its_websocket_goes_on(
+    livekit: LiveKitServer, tmp_path: Path
+) -> None:
+    wrong = {"LIVEKIT_API_SECRET": "y" * 43}
+    async with orchestrator(tmp_path, livekit, "direct", **wrong) as running:
+        with pytest.raises(TokenRefused, match="refuses our key") as refused:
+            await fetch_token(running.url)
+        assert refused.value.status == 500
+        async with aiohttp.ClientSession() as http, http.get(f"{running.url}/readyz") as answer:
+            body = await answer.json()
+            assert (answer.status, body["ready"]) == (200, True)
+            assert (body["checks"]["rooms"]["ok"]) is False
+        async with (
+            aiohttp.ClientSession() as http,
+            http.get(f"{running.url}/v1/transports") as answer,
+        ):
+            found = await answer.json()
+            assert (found["ws"], found["livekit"]) == (True, False)
+    assert "eyJ" not in (tmp_path / "orchestrator.log").read_text()
+
+
+async def _rooms_ready(running: Installation) -> None:
+    async with aiohttp.ClientSession() as http:
+        for _ in range(400):
+            async with http.get(f"{running.url}/v1/transports") as answer:
+                if (await answer.json())["livekit"]:
+                    return
+            await asyncio.sleep(0.05)
+    raise AssertionError("rooms never became ready")

@@ -121,7 +121,7 @@ class Rooms:
         self._can_begin()
         await self._probe.ensure()
         await self._entry.admit(asked, who)
-        log.info("token", extra={"room": asked.room, "identity": asked.identity})
+        log.info("token", extra={"room": asked.room})
         body = {
             "server_url": self._settings.client_url,
             "participant_token": self._user_token(asked),
