@@ -80,6 +80,10 @@ gen-proto:
 gen-schema:
     uv run python scripts/protocol_schema.py
 
+# The TTS plugin for other people's LiveKit agents, as a wheel in out/dist.
+build-plugin:
+    uv run python scripts/build_plugin.py
+
 # ===== Runtime =====
 # Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just run-tts-cosy DEFAULT=cosyvoice2-en-base`.
 
