@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
-
+from typing import Protocol
 
 from benchmarks.caller import DidNotHappen
 from benchmarks.machine import now_ms
@@ -125,18 +124,28 @@ async def silence_ms(ear: Ear, since_ms: float, quiet_ms: int) -> float:
 
 
 async def network(user: RoomUser) -> dict[str, float]:
-    """What the room user's jitter buffer did: its mean delay, and the part that it made up."""
+    """What the room user's jitter buffer has done so far: s of delay summed over the samples that
+    left it, and how many samples left it, came, and were made up."""
     if user.agent_track is None:
         return {}
     for stats in await user.agent_track.get_stats():
         if stats.WhichOneof("stats") == "inbound_rtp":
-            return _buffer(stats.inbound_rtp.inbound)
+            inbound = stats.inbound_rtp.inbound
+            return {
+                "delay_s": inbound.jitter_buffer_delay,
+                "emitted": inbound.jitter_buffer_emitted_count,
+                "received": inbound.total_samples_received,
+                "concealed": inbound.concealed_samples,
+            }
     return {}
 
 
-def _buffer(inbound: Any) -> dict[str, float]:
-    emitted, received = inbound.jitter_buffer_emitted_count, inbound.total_samples_received
+def jitter_buffer(since: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """Its mean delay between two moments, and the part of the sound that it made up."""
+    more = {name: now[name] - since.get(name, 0.0) for name in now}
+    if not more:
+        return {}
     return {
-        "jitter_buffer_ms": 1000 * inbound.jitter_buffer_delay / max(emitted, 1),
-        "concealed": inbound.concealed_samples / max(received, 1),
+        "delay_ms": 1000 * more["delay_s"] / max(more["emitted"], 1),
+        "concealed": more["concealed"] / max(more["received"], 1),
     }

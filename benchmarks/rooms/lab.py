@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.rooms.tokens import TokenMint
 from tests.scripted_llm import Answer, ScriptedLlm
 
-ORCHESTRATOR = "benchmarks.scripted_orchestrator"
+PRODUCT = "src.orchestrator.server"
+SCRIPTED = "benchmarks.scripted_orchestrator"
+EAGER = {"vad__endpoint_ms": 100, "vad__barge_in_endpoint_ms": 100}
+"""As little silence as the tuned peer waits for."""
 VOICE = "espeak-en"
 READY_S = 60.0
-CONFIG = {**LOADED, "limits.max_sessions_per_key": 64}
 OF_THE_SHELL = ("REDIS_URL", "LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
 """Whatever the shell says, what is measured is what is started here."""
 
@@ -52,8 +54,10 @@ class RoomLab:
     stack: Stack
     user: Puppet
     stock: Puppet
-    samples: Path
-    """Of the orchestrator, once it has ended."""
+    eager_url: str
+    """Of an orchestrator like the first but for EAGER."""
+    samples: tuple[Path, ...]
+    """Of both, once they have ended."""
 
     @property
     def base_url(self) -> str:
@@ -74,24 +78,9 @@ class RoomLab:
             )
         )
 
-    @asynccontextmanager
-    async def another(self, name: str, **overrides: Any) -> AsyncIterator[Installed]:
-        """One more orchestrator beside the first, at the same worker and LiveKit server."""
-        logs, port = self.bench.logs / "livekit", free_port()
-        config = {**CONFIG, **{key.replace("__", "."): value for key, value in overrides.items()}}
-        argv = [
-            *(sys.executable, "-m", ORCHESTRATOR, "--livekit", "--port", str(port)),
-            *("--config", str(config_file(logs / f"{name}.yaml", config))),
-            *("--samples", str(logs / f"{name}.json"), "--scripted_ms", "0"),
-        ]
-        around = {"REDIS_URL": self.stack.redis_url, "LLM_BASE_URL": self.stack.llm_base_url}
-        child = await Child.start(name, argv, log=logs / f"{name}.log", env=around | self.livekit)
-        try:
-            here = Installed(child, f"http://127.0.0.1:{port}")
-            await child.ready(here.ready, READY_S)
-            yield here
-        finally:
-            await child.stop()
+    def another(self, name: str, **overrides: Any) -> AbstractAsyncContextManager[Installed]:
+        """One more orchestrator at the same worker and LiveKit server: the product as it is."""
+        return _orchestrator(self.bench, self.stack, name, PRODUCT, (), overrides)
 
 
 @dataclass(frozen=True)
@@ -108,12 +97,40 @@ class Installed:
 
 
 @asynccontextmanager
+async def _orchestrator(
+    bench: Bench,
+    stack: Stack,
+    name: str,
+    module: str,
+    args: Sequence[str],
+    overrides: Mapping[str, Any],
+) -> AsyncIterator[Installed]:
+    """`overrides`: dotted keys of the configuration with `__` for the dot."""
+    logs, port = bench.logs / "livekit", free_port()
+    config = {**LOADED, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    argv = [
+        *(sys.executable, "-m", module, "--livekit", "--port", str(port)),
+        *("--config", str(config_file(logs / f"{name}.yaml", config)), *args),
+    ]
+    around = {"REDIS_URL": stack.redis_url, "LLM_BASE_URL": stack.llm_base_url}
+    around |= stack.livekit or {}
+    child = await Child.start(name, argv, log=logs / f"{name}.log", env=around)
+    try:
+        here = Installed(child, f"http://127.0.0.1:{port}")
+        await child.ready(here.ready, READY_S)
+        yield here
+    finally:
+        await child.stop()
+
+
+@asynccontextmanager
 async def room_lab(bench: Bench) -> AsyncIterator[RoomLab]:
     """Raises ProcessFailed, and DidNotHappen on a machine without a livekit-server."""
     for name in OF_THE_SHELL:
         os.environ.pop(name, None)
     logs = bench.logs / "livekit"
-    samples, said = logs / "samples.json", clips(bench.out / "clips" / "rooms.npz")
+    samples = (logs / "samples.json", logs / "eager.json")
+    said = clips(bench.out / "clips" / "rooms.npz")
     async with ScriptedLlm(answer).serving() as llm:
         options = StackOptions(
             Ports.free(),
@@ -121,17 +138,26 @@ async def room_lab(bench: Bench) -> AsyncIterator[RoomLab]:
             voice=VOICE,
             llm_base_url=llm.base_url,
             orchestrator_args=(
-                *("--config", str(config_file(logs / "orchestrator.yaml", CONFIG))),
-                *("--samples", str(samples), "--scripted_ms", "0"),
+                *("--config", str(config_file(logs / "orchestrator.yaml", LOADED))),
+                *_hearing(samples[0]),
             ),
-            orchestrator_module=ORCHESTRATOR,
+            orchestrator_module=SCRIPTED,
             livekit=True,
         )
         async with running_stack(options, bench.report) as stack:
             if stack.livekit is None:
                 raise DidNotHappen(HOW_TO_GET)
-            async with _people(stack, logs, said) as (user, stock):
-                yield RoomLab(bench, stack, user, stock, samples)
+            hearing = _hearing(samples[1])
+            async with (
+                _people(stack, logs, said) as (user, stock),
+                _orchestrator(bench, stack, "eager", SCRIPTED, hearing, EAGER) as eager,
+            ):
+                yield RoomLab(bench, stack, user, stock, eager.base_url, samples)
+
+
+def _hearing(samples: Path) -> tuple[str, ...]:
+    """Words at once, and a sample of everything that is observed."""
+    return ("--samples", str(samples), "--scripted_ms", "0")
 
 
 @asynccontextmanager
@@ -148,7 +174,3 @@ async def _people(stack: Stack, logs: Path, said: Path) -> AsyncIterator[tuple[P
 
 def fresh_room() -> str:
     return f"bench-{secrets.token_hex(4)}"
-
-
-def merged(*parts: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for part in parts for name, value in part.items()}

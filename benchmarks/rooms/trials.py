@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from benchmarks.caller import DidNotHappen
 from benchmarks.rooms.lab import RoomLab, fresh_room
@@ -100,13 +100,13 @@ class Stock:
 
 
 @asynccontextmanager
-async def ours_in_a_room(lab: RoomLab) -> AsyncIterator[Side]:
-    await lab.user.ask("join", way="room", base_url=lab.base_url)
+async def _ours_in_a_room(lab: RoomLab, base_url: str) -> AsyncIterator[Side]:
+    await lab.user.ask("join", way="room", base_url=base_url)
     yield Ours(lab)
 
 
 @asynccontextmanager
-async def ours_on_websocket(lab: RoomLab) -> AsyncIterator[Side]:
+async def _ours_on_websocket(lab: RoomLab) -> AsyncIterator[Side]:
     await lab.user.ask("join", way="ws", url=lab.stack.ws_url)
     yield Ours(lab)
 
@@ -125,19 +125,14 @@ async def _stock(lab: RoomLab, *, tuned: bool) -> AsyncIterator[Side]:
         await lab.stock.ask("leave")
 
 
-def stock_tuned(lab: RoomLab) -> Any:
-    return _stock(lab, tuned=True)
-
-
-def stock_default(lab: RoomLab) -> Any:
-    return _stock(lab, tuned=False)
-
-
-SIDES: dict[str, Callable[[RoomLab], Any]] = {
-    "ours, room": ours_in_a_room,
-    "AgentSession, tuned": stock_tuned,
-    "ours, WebSocket": ours_on_websocket,
-    "AgentSession, default": stock_default,
+OURS, EAGER, WEBSOCKET = "ours, room", "ours, room, 100 ms of silence", "ours, WebSocket"
+TUNED, DEFAULT = "AgentSession, tuned", "AgentSession, default"
+SIDES: dict[str, Callable[[RoomLab], AbstractAsyncContextManager[Side]]] = {
+    OURS: lambda lab: _ours_in_a_room(lab, lab.base_url),
+    EAGER: lambda lab: _ours_in_a_room(lab, lab.eager_url),
+    TUNED: lambda lab: _stock(lab, tuned=True),
+    DEFAULT: lambda lab: _stock(lab, tuned=False),
+    WEBSOCKET: _ours_on_websocket,
 }
 
 
@@ -171,7 +166,7 @@ async def trial(lab: RoomLab, side: Side) -> Trial:
 async def block(
     lab: RoomLab, name: str, trials: int, measured: Measured, tick: Callable[[], None]
 ) -> None:
-    """A connection's worth of trials. What goes wrong is counted, and the next block begins anew."""
+    """A connection's worth of trials. What goes wrong is counted and ends it."""
     left = trials
     try:
         async with SIDES[name](lab) as side:

@@ -23,6 +23,7 @@ from benchmarks.rooms.guests import (
     first_sound_ms,
     in_our_room,
     in_their_room,
+    jitter_buffer,
     network,
     on_websocket,
     silence_ms,
@@ -92,7 +93,7 @@ class User:
         """Raises DidNotHappen for what ended the stay."""
         stats, staying = {}, self._staying
         if isinstance(self._guest, RoomUser):
-            stats = await network(self._guest)
+            stats = jitter_buffer({}, await network(self._guest))
         self._guest, self._staying = None, None
         self._leave.set()
         if staying is not None:
