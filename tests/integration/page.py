@@ -24,7 +24,8 @@ _HTML = """<!doctype html><meta charset="utf-8"><title>page under test</title>
 <button>Start</button>
 <script type="module">
 import { VoiceSession, available } from '/web/session.js';
-window.available = available;
+import { listDevices } from '/web/devices.js';
+Object.assign(window, { available, listDevices });
 const session = window.session = new VoiceSession();
 const log = window.log = [];
 for (const type of ['status', 'event', 'level', 'played', 'silence', 'trouble']) {

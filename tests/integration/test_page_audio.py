@@ -224,6 +224,75 @@ async def test_an_unplugged_microphone_gives_way_to_the_default_one(page: Talkin
     assert await page.run("session.phase") == "live"
 
 
+async def test_muted_nothing_of_the_room_is_heard(place: Place) -> None:
+    """Chromium's own microphone beeps once a second."""
+    async with (
+        chromium() as browser,
+        talking_page(browser, place.running.url, place.transport) as page,
+    ):
+        await page.live()
+        await page.until("level().mic > -60", "a beep")
+        await page.run("session.setMuted(true)")
+        await page.until("level().mic === -100", "silence")
+        await page.run("log.length = 0")
+        await page.until("log.filter(({ type }) => type === 'level').length > 50", "two seconds")
+        assert await page.run("told('level').every(({ mic }) => mic === -100)")
+        await page.run("session.setMuted(false)")
+        await page.until("level().mic > -60", "a beep")
+
+
+async def test_the_microphone_is_changed_in_mid_call(page: TalkingPage) -> None:
+    await page.live()
+    mics = await page.run("listDevices().then(({ mics }) => mics)")
+    assert len(mics) > 1, "Chromium pretends to have several"
+    assert all(mic["id"] and mic["label"] for mic in mics)
+    await page.page.evaluate("id => session.setMic(id)", mics[-1]["id"])
+    states = await page.run("streams.map(s => s.getTracks()[0].readyState)")
+    assert states == ["ended", "live"]
+    settings = await page.run("streams[1].getTracks()[0].getSettings()")
+    assert settings["deviceId"] == mics[-1]["id"]
+    assert settings["echoCancellation"] is True
+
+
+async def test_a_browser_that_waits_for_a_click_is_asked_once(page: TalkingPage) -> None:
+    await page.run(
+        """window.AudioContext = class extends AudioContext {
+          constructor(wanted) { super(wanted); this.suspend(); }
+          resume() { return window.clicked ? super.resume() : new Promise(() => {}); }
+        }, 0"""
+    )
+    await page.live(mic=False)
+    assert [shown["code"] for shown in await page.told("trouble")] == ["autoplay"]
+    await page.run("clicked = true, session.resume()")
+    await page.say("One, two, three.")
+    await page.event("heard", completed=True)
+    assert len(await page.told("trouble")) == 1
+
+
+async def test_another_voice_takes_over_at_the_next_utterance(page: TalkingPage) -> None:
+    await page.live()
+    await page.run("session.switchModel('no-such-model')")
+    failed = await page.event("model", state="failed")
+    assert failed["model"] == "no-such-model"
+    await page.run("session.switchModel('espeak-en')")
+    await page.event("model", state="ready", model="espeak-en")
+    await page.say("One, two, three.")
+    await page.event("heard", completed=True)
+
+
+async def test_a_network_that_stalls_is_said_so(page: TalkingPage) -> None:
+    if page.transport == "livekit":
+        pytest.skip("optional: WebRTC throws late packets away by itself")
+    await page.live()
+    stalled = "Object.defineProperty(WebSocket.prototype, 'bufferedAmount', { get: () => 1e6 })"
+    await page.run(f"{stalled}, 0")
+    shown = await page.until_told("trouble")
+    assert (shown["code"], shown["fatal"]) == ("slow", False)
+    await page.run("log.length = 0")
+    await page.until("log.filter(({ type }) => type === 'level').length > 25", "a second")
+    assert not await page.told("trouble"), "said once"
+
+
 async def test_a_refused_microphone_is_explained_and_typing_goes_on(
     place: Place,
 ) -> None:

@@ -9,7 +9,9 @@ const TRANSPORTS = '/v1/transports';
 /** livekit-client, which `just web-deps` fetches. Rejects with StartFailed. */
 export async function loadClient() {
   try {
-    return await import(CLIENT);
+    const client = await import(CLIENT);
+    client.setLogLevel('warn');
+    return client;
   } catch {
     await ask(TRANSPORTS, '');
     throw new StartFailed(trouble('livekit_missing'));

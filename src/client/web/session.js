@@ -53,6 +53,7 @@ export class VoiceSession extends EventTarget {
   /** Once it was live, a loss is mended instead of told. */
   #wasLive = false;
   #muted = false;
+  #askedForClick = false;
 
   /**
    * Call it in a click's own turn. Resolves when the session is live or has ended; failures come as
@@ -64,7 +65,7 @@ export class VoiceSession extends EventTarget {
     const generation = (this.#generation += 1);
     this.#options = { ...options };
     this.#retries = 0;
-    this.#wasLive = false;
+    this.#wasLive = this.#askedForClick = false;
     this.#status('connecting');
     try {
       const audio = await this.#openAudio();
@@ -133,6 +134,7 @@ export class VoiceSession extends EventTarget {
 
   /** From a click, after `trouble` autoplay. */
   async resume() {
+    this.#askedForClick = false;
     await this.#audio?.resume();
     await this.#transport?.resume();
   }
@@ -146,7 +148,7 @@ export class VoiceSession extends EventTarget {
       {
         level: (micLevel, agent) => this.#tell('level', { mic: micLevel, agent }),
         silence: (ms) => this.#tell('silence', { onset_to_silence_ms: ms }),
-        trouble: (shown) => this.#tell('trouble', shown),
+        trouble: (shown) => this.#show(shown),
       },
     );
   }
@@ -179,7 +181,7 @@ export class VoiceSession extends EventTarget {
       live: ifCurrent(() => this.#onLive()),
       reconnecting: ifCurrent(() => this.#status('reconnecting', 'lost')),
       played: ifCurrent((played) => this.#tell('played', played)),
-      trouble: ifCurrent((shown) => this.#tell('trouble', shown)),
+      trouble: ifCurrent((shown) => this.#show(shown)),
       closed: ifCurrent((end) => void this.#onClosed(end)),
     };
   }
@@ -232,6 +234,13 @@ export class VoiceSession extends EventTarget {
     this.#transport = this.#audio = null;
     this.#settle();
     await Promise.all([transport?.close(), audio?.close()]);
+  }
+
+  /** What passes. One click is for all that waits for it. */
+  #show(/** @type {import('./troubles.js').Trouble} */ shown) {
+    if (shown.code === 'autoplay' && this.#askedForClick) return;
+    this.#askedForClick ||= shown.code === 'autoplay';
+    this.#tell('trouble', shown);
   }
 
   #status(/** @type {Phase} */ phase, reason = '') {

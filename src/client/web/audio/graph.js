@@ -183,7 +183,8 @@ export class AudioGraph {
   async resume() {
     const patience = new Promise((done) => setTimeout(done, RESUME_PATIENCE_MS));
     await Promise.race([this.#context.resume(), patience]);
-    if (this.#context.state !== 'running') this.#listeners.trouble(trouble('autoplay'));
+    const blocked = this.#context.state !== 'running';
+    if (blocked && !this.#closed) this.#listeners.trouble(trouble('autoplay'));
   }
 
   async close() {
