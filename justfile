@@ -54,6 +54,10 @@ test-python PYTHON:
 bench *ARGS:
     uv run python -m benchmarks {{ARGS}}
 
+# Rooms and the page as their users hear them, beside a stock AgentSession on the same LiveKit server.
+bench-livekit *ARGS:
+    uv run python -m benchmarks.livekit {{ARGS}}
+
 # ===== Infrastructure =====
 
 # A registry without docker: Valkey out of a wheel, or whatever server is on the machine.

@@ -1,8 +1,8 @@
 """`just bench-livekit`: rooms as their users hear them, beside a stock AgentSession.
 
-    just bench-livekit                     all of it, 11 minutes; rewrites docs/benchmarks.md's LiveKit block
-    just bench-livekit --quick             two minutes; the page is left alone
-    just bench-livekit trials page         some of: trials page greetings scale
+    just bench-livekit                  all, 11 minutes; rewrites docs/benchmarks.md's LiveKit block
+    just bench-livekit --quick          three minutes; the page is left alone
+    just bench-livekit trials page      some of: trials page greetings scale
     just bench-livekit scale --rooms 1 20
 
 One real livekit-server, one worker with eSpeak for everybody, the user, the peer and the crowd in

@@ -112,15 +112,20 @@ async def first_sound_ms(ear: Ear, since_ms: float) -> float:
 async def silence_ms(ear: Ear, since_ms: float, quiet_ms: int) -> float:
     """When its last sound ended, once `quiet_ms` of silence have followed. Raises DidNotHappen,
     also when there was none after `since_ms`."""
+    await calm(ear, since_ms, quiet_ms)
+    found = ear.last_loud_ms(since_ms)
+    if found is None:
+        raise DidNotHappen("the agent was silent before it was interrupted")
+    return found
+
+
+async def calm(ear: Ear, since_ms: float, quiet_ms: int) -> None:
+    """Until nothing was heard for `quiet_ms`, all of them after `since_ms`. Raises DidNotHappen."""
     give_up_ms = now_ms() + PATIENCE_S * 1000
     while now_ms() < since_ms + quiet_ms or ear.quiet_ms() < quiet_ms:
         if now_ms() > give_up_ms:
             raise DidNotHappen(f"waited {PATIENCE_S:.0f} s for the agent's silence")
         await asyncio.sleep(_LOOK_S)
-    found = ear.last_loud_ms(since_ms)
-    if found is None:
-        raise DidNotHappen("the agent was silent before it was interrupted")
-    return found
 
 
 async def network(user: RoomUser) -> dict[str, float]:

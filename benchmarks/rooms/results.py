@@ -70,7 +70,7 @@ def side_by_side(measured: Mapping[str, Measured], shut_at: Sequence[float]) -> 
                 short(stopped(one, shut_at if name.startswith("ours") else ())),
                 short(trial.silence for trial in one.trials),
                 short(trial.first_audio for trial in one.trials),
-                short(stats["delay_ms"] for stats in one.networks),
+                short(trial.buffer for trial in one.trials if trial.buffer is not None),
                 str(len(one.trials)),
                 str(len(one.lost)),
             ]

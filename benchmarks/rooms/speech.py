@@ -19,7 +19,8 @@ LINE = (
     "now you know why we mourn all winter."
 )
 SHORT = "Okay."
-QUESTION = "What is the weather like today?"
+QUESTION = "Are you alone in Rome now?"
+"""Without a pause, in which the hasty would answer."""
 INTERRUPTION = "Wait, stop please."
 EDGE_DBFS = -35.0
 """Speech begins and ends with the first and last 5 ms over this."""

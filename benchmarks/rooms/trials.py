@@ -22,6 +22,8 @@ UNDERSTOOD_AFTER_MS = 20
 STARTED_MS = (1_300, 1_900)
 """When an answer is interrupted: in mid-line, past the pause after its first word."""
 QUIET_MS = 300
+ANSWERED_MS = 800
+"""Nothing for so long: it has answered, and has finished."""
 MISSED_MS = 3_000
 """The answer was not stopped; it ended."""
 PAUSE_S = (0.4, 0.6)
@@ -37,6 +39,8 @@ class Trial:
     silent_at: float
     stopped: float | None = None
     noticed: float | None = None
+    buffer: float | None = None
+    """Mean delay in the listener's jitter buffer during this trial."""
 
 
 @dataclass
@@ -45,8 +49,6 @@ class Measured:
 
     trials: list[Trial] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    networks: list[dict[str, float]] = field(default_factory=list)
-    """Of each connection; see `guests.network`."""
 
 
 class Side(Protocol):
@@ -78,8 +80,7 @@ class Ours:
         pass
 
     async def reset(self, spoken: dict[str, float]) -> dict[str, float]:
-        begun_ms = await self._user.ask("first_sound", since_ms=spoken["offset_ms"])
-        await self._user.ask("silence", since_ms=begun_ms, quiet_ms=QUIET_MS)
+        await self._user.ask("calm", since_ms=spoken["offset_ms"], quiet_ms=ANSWERED_MS)
         return {}
 
 
@@ -151,6 +152,7 @@ async def trial(lab: RoomLab, side: Side) -> Trial:
     silent_ms = await lab.user.ask("silence", since_ms=onset_ms, quiet_ms=QUIET_MS)
     if silent_ms - onset_ms > MISSED_MS:
         raise DidNotHappen("the interruption did not interrupt")
+    stats = await lab.user.ask("network")
     marks = await side.reset(spoken)
     since_onset = {name: at_ms - onset_ms for name, at_ms in marks.items()}
     return Trial(
@@ -160,6 +162,7 @@ async def trial(lab: RoomLab, side: Side) -> Trial:
         silent_at=silent_ms,
         stopped=since_onset.get("stop_ms"),
         noticed=since_onset.get("noticed_ms"),
+        buffer=stats.get("delay_ms"),
     )
 
 
@@ -174,9 +177,7 @@ async def block(
                 left -= 1
                 measured.trials.append(await trial(lab, side))
                 tick()
-        stats = await lab.user.ask("leave")
-        if stats:
-            measured.networks.append(stats)
+        await lab.user.ask("leave")
     except DidNotHappen as error:
         lab.bench.report(f"{name}: lost a trial: {error}")
         measured.lost.append(str(error))

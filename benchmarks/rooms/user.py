@@ -20,6 +20,7 @@ from benchmarks.caller import DidNotHappen
 from benchmarks.machine import now_ms
 from benchmarks.rooms.guests import (
     Guest,
+    calm,
     first_sound_ms,
     in_our_room,
     in_their_room,
@@ -49,6 +50,7 @@ class User:
         stored = np.load(clips)
         self._clips = {name: stored[name] for name in stored.files}
         self._guest: Guest | None = None
+        self._network: dict[str, float] = {}
         self._leave = asyncio.Event()
         self._staying: asyncio.Task[None] | None = None
 
@@ -89,11 +91,19 @@ class User:
     async def silence(self, since_ms: float, quiet_ms: int) -> float:
         return await silence_ms(self.guest.ear, since_ms, quiet_ms)
 
-    async def leave(self) -> dict[str, float]:
+    async def calm(self, since_ms: float, quiet_ms: int) -> None:
+        await calm(self.guest.ear, since_ms, quiet_ms)
+
+    async def network(self) -> dict[str, float]:
+        """What the jitter buffer did since it was asked before; empty without one."""
+        if not isinstance(self._guest, RoomUser):
+            return {}
+        before, self._network = self._network, await network(self._guest)
+        return jitter_buffer(before, self._network)
+
+    async def leave(self) -> None:
         """Raises DidNotHappen for what ended the stay."""
-        stats, staying = {}, self._staying
-        if isinstance(self._guest, RoomUser):
-            stats = jitter_buffer({}, await network(self._guest))
+        staying, self._network = self._staying, {}
         self._guest, self._staying = None, None
         self._leave.set()
         if staying is not None:
@@ -101,7 +111,6 @@ class User:
             if (error := staying.exception()) is not None:
                 why = "; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in leaves(error))
                 raise DidNotHappen(why)
-        return stats
 
     async def greeting(self, base_url: str) -> dict[str, float]:
         """From the wish to talk: when we were in the room, and when the greeting was heard."""
@@ -115,7 +124,7 @@ class User:
         return {"token_ms": asked_ms, "joined_ms": joined_ms, "heard_ms": heard_ms}
 
     def commands(self) -> dict[str, Any]:
-        names = ("join", "talk", "first_sound", "silence", "leave", "greeting")
+        names = ("join", "talk", "first_sound", "silence", "calm", "network", "leave", "greeting")
         return {name: getattr(self, name) for name in names}
 
 

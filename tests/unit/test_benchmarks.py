@@ -7,8 +7,19 @@ import pytest
 
 from benchmarks.caller import Ear, Microphone, Spoken
 from benchmarks.figures import Aim, NoBlock, Outcome, Row, Spread, replace_block, row_table
+from benchmarks.livekit import arguments as room_arguments
 from benchmarks.load import shut_after_onset
 from benchmarks.report import block
+from benchmarks.rooms import results as room_results
+from benchmarks.rooms.guests import jitter_buffer
+from benchmarks.rooms.lab import answer
+from benchmarks.rooms.report import BLOCK as ROOM_BLOCK
+from benchmarks.rooms.report import block as room_block
+from benchmarks.rooms.results import stopped
+from benchmarks.rooms.scale import Load, Scaled
+from benchmarks.rooms.speech import LINE, PEAK, SHORT, after_silence, trimmed
+from benchmarks.rooms.trials import OURS, TUNED, Measured, Trial, order
+from src.demo.stack import ROOT
 
 
 def test_percentiles_lie_between_the_nearest_two() -> None:
@@ -101,3 +112,100 @@ def test_the_ear_finds_the_first_frame_with_sound() -> None:
 def test_a_pause_belongs_to_the_first_gate_that_shut_after_its_edge() -> None:
     told = [{"onsets_at": [100.0, 500.0, 900.0], "edges_at": [120.0, 520.0, 920.0]}]
     assert shut_after_onset(told, [121.5, 523.0]) == [21.5, 23.0]
+
+
+def trial(silence: float, *, onset_at: float = 0.0, stopped: float | None = None) -> Trial:
+    return Trial(
+        first_audio=300.0,
+        silence=silence,
+        onset_at=onset_at,
+        silent_at=onset_at + silence,
+        stopped=stopped,
+    )
+
+
+def test_a_stop_is_the_sides_own_or_the_first_gate_between_onset_and_silence() -> None:
+    measured = Measured(
+        [
+            trial(140, onset_at=1000),
+            trial(140, onset_at=2000),
+            trial(140, onset_at=3000, stopped=66),
+        ]
+    )
+    assert stopped(measured, [900, 1080, 1120, 2150]) == [80, 66]
+
+
+def test_the_sides_stand_side_by_side_and_their_ratio_is_judged() -> None:
+    measured = {OURS: Measured([trial(130)]), TUNED: Measured([trial(220)], ["no voice"])}
+    result = room_results.trials(measured, [])
+    silence, ratio = result.rows
+    assert silence.cells()[4] == "met"
+    assert (ratio.spread.p50, ratio.cells()[4]) == (1.0, "**missed**")
+    lines = result.tables["Side by side"]
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[3].endswith("| 1 | 1 |")
+
+
+def test_only_what_many_rooms_cost_has_an_aim() -> None:
+    loads = [
+        Load(rooms, {"orchestrator": 0.07 * rooms}, {"orchestrator": 100.0 + 6 * rooms}, [], [], [])
+        for rooms in (1, 10)
+    ]
+    rows = room_results.scale(Scaled({"orchestrator": 100.0}, loads)).rows
+    verdicts = [(row.sessions, row.cells()[4]) for row in rows if row.aim != Aim()]
+    assert verdicts == [(10, "met"), (10, "**missed**")]
+
+
+def test_the_room_block_has_both_sides_before_the_aims() -> None:
+    result = room_results.trials({OURS: Measured([trial(130)])}, [])
+    outcome = Outcome(
+        name="trials",
+        command="just bench-livekit trials",
+        taken="2025-01-02T03:04:05+00:00",
+        load_before=0.25,
+        rows=result.rows,
+        tables=result.tables,
+        raw=result.raw,
+    )
+    text = "\n".join(room_block([outcome]))
+    assert text.index("### Side by side") < text.index("### Aims")
+    assert "trials 0.25" in text
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert text in replace_block(page, ROOM_BLOCK, [text])
+
+
+def test_a_round_has_every_side_once_in_an_order_of_its_own() -> None:
+    rounds = order(["a", "b", "c", "d"], 6)
+    assert all(sorted(one) == ["a", "b", "c", "d"] for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 1
+
+
+def test_whoever_interrupts_the_line_gets_one_word_and_the_next_one_the_line() -> None:
+    asked = [{"role": "system", "content": "x"}, {"role": "user", "content": "q"}]
+    assert list(answer(asked).pieces) == [LINE]
+    cut = [*asked, {"role": "assistant", "content": "Yes, we will"}, asked[1]]
+    assert list(answer(cut).pieces) == [SHORT]
+    again = [*cut, {"role": "assistant", "content": SHORT}, asked[1]]
+    assert list(answer(again).pieces) == [LINE]
+
+
+def test_a_clip_begins_and_ends_with_its_first_and_last_5_ms_of_sound() -> None:
+    speech = np.zeros(1600, dtype=np.float32)
+    speech[320:800] = 0.3
+    clip = trimmed(speech)
+    assert clip.size == 480
+    assert clip.max() == np.float32(PEAK)
+    assert after_silence(clip, 12.5).size == 480 + 200
+
+
+def test_a_jitter_buffer_is_measured_between_two_moments() -> None:
+    before = {"delay_s": 10.0, "emitted": 100.0, "received": 100.0, "concealed": 5.0}
+    after = {"delay_s": 13.0, "emitted": 200.0, "received": 200.0, "concealed": 6.0}
+    assert jitter_buffer(before, after) == {"delay_ms": 30.0, "concealed": 0.01}
+    assert jitter_buffer({}, {}) == {}
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], ["--rooms", "0"]])
+def test_a_part_that_is_none_is_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        room_arguments(argv)
