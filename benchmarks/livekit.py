@@ -48,7 +48,7 @@ class Size:
     window_ms: int
 
 
-FULL = Size(rounds=4, per_block=3, joins=12, window_ms=10_000)
+FULL = Size(rounds=4, per_block=3, joins=12, window_ms=8_000)
 QUICK = Size(rounds=2, per_block=2, joins=4, window_ms=4_000)
 
 

@@ -28,7 +28,7 @@ from tests.integration.page import TalkingPage, talking_page
 
 TRANSPORTS = ("livekit", "ws")
 SILENT_DBFS = -60
-QUIET_S = 0.4
+QUIET_S = 0.2
 
 
 @dataclass

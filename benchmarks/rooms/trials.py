@@ -21,8 +21,9 @@ UNDERSTOOD_AFTER_MS = 20
 """The peer's recogniser: after the last sample."""
 STARTED_MS = (1_300, 1_900)
 """When an answer is interrupted: in mid-line, past the pause after its first word."""
-QUIET_MS = 300
-ANSWERED_MS = 800
+QUIET_MS = 150
+"""Longer than any gap in the line, shorter than the way to an answer."""
+ANSWERED_MS = 700
 """Nothing for so long: it has answered, and has finished."""
 MISSED_MS = 3_000
 """The answer was not stopped; it ended."""
