@@ -49,14 +49,14 @@ def spoken(text: str, rate_wpm: int) -> Float32:
     return trim(StreamResampler(engine.sample_rate, MIC_RATE).push(speech.samples, last=True))
 
 
-def mm_hmm(random: np.random.Generator, pitch_hz: float = 130.0) -> Float32:
+def mm_hmm(random: np.random.Generator, pitch_hz: float = 160.0) -> Float32:
     """Two hums with a breath between them, the second one higher. eSpeak cannot say it so that a
     recogniser understands it; this it does.
     """
-    low = hum([1.05 * pitch_hz, pitch_hz], ms=140)
-    high = hum([1.1 * pitch_hz, 1.45 * pitch_hz, 1.3 * pitch_hz], ms=200)
-    air = np.convolve(random.standard_normal(_samples(110)), np.ones(4) / 4, mode="same")
-    out = np.zeros(_samples(390), np.float32)
+    low = hum([1.05 * pitch_hz, pitch_hz], ms=110)
+    high = hum([1.1 * pitch_hz, 1.45 * pitch_hz, 1.3 * pitch_hz], ms=170)
+    air = np.convolve(random.standard_normal(_samples(100)), np.ones(4) / 4, mode="same")
+    out = np.zeros(_samples(320), np.float32)
     out[: low.size] += low
     out[-high.size :] += high
     begin = low.size - _samples(30)

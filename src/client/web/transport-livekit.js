@@ -29,8 +29,6 @@ export class LiveKitTransport {
   #listener;
   /** @type {any} livekit-client's Room */
   #room = null;
-  /** @type {ReturnType<import('./audio/graph.js').AudioGraph['createTrack']> | null} */
-  #up = null;
   #stopTap = () => {};
   #heard;
   #started = false;
@@ -112,9 +110,10 @@ export class LiveKitTransport {
     await room.connect(url, token);
     if (this.#closed) return;
     this.#expectAgent(AGENT_COMES_MS, 'no_agent');
-    this.#up = this.#audio.createTrack();
-    const source = Track.Source.Microphone;
-    await room.localParticipant.publishTrack(this.#up.track, { source, dtx: true, red: true });
+    const how = { source: Track.Source.Microphone, dtx: true, red: true };
+    const { track } = await room.localParticipant.publishTrack(this.#audio.track, how);
+    this.#audio.onTrack = (now) => replaceTrack(track, now);
+    await replaceTrack(track, this.#audio.track);
     if (this.#wishes.speakerId) await this.setSpeaker(this.#wishes.speakerId);
   }
 
@@ -250,9 +249,17 @@ export class LiveKitTransport {
     for (const { trackPublications } of room?.remoteParticipants.values() ?? []) {
       for (const { track } of trackPublications.values()) if (track) this.#onTrackGone(track);
     }
-    await room?.disconnect();
-    this.#up?.close();
+    this.#audio.onTrack = null;
+    // The microphone is not the room's to stop: the next one may need it.
+    await room?.disconnect(false);
   }
+}
+
+/** @param {any} published livekit-client's LocalAudioTrack @param {MediaStreamTrack} track */
+async function replaceTrack(published, track) {
+  if (published.mediaStreamTrack !== track) await published.replaceTrack(track, true);
+  // It mutes itself when a device is unplugged.
+  if (published.isMuted) await published.unmute();
 }
 
 /** @returns {Promise<void>} */

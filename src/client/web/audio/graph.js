@@ -14,6 +14,8 @@ const WORKLETS = ['capture', 'player', 'tap'];
 /** Sample rates of the protocol. */
 const RATES = [8000, 16000, 24000, 32000, 44100, 48000];
 const RESUME_PATIENCE_MS = 500;
+/** A sound that has ended in the mixer is still on its way out of it. */
+const MIXER_TAIL_MS = 200;
 
 /**
  * @typedef {object} Listeners
@@ -23,6 +25,8 @@ const RESUME_PATIENCE_MS = 500;
  */
 
 export class AudioGraph {
+  /** @type {((track: MediaStreamTrack) => Promise<void>) | null} */
+  onTrack = null;
   /** Frames of 20 ms, s16le at `rate`, for who wants them. @type {(pcm: ArrayBuffer) => void} */
   onFrame = () => {};
   #context;
@@ -34,6 +38,11 @@ export class AudioGraph {
   #stream = null;
   /** @type {MediaStreamAudioSourceNode | null} */
   #source = null;
+  /** The microphone's twin: who publishes a track may switch it on and off. @type {MediaStreamTrack | null} */
+  #direct = null;
+  /** @type {MediaStreamTrack | null} */
+  #mixed = null;
+  #injecting = 0;
   #muted = false;
   #closed = false;
   #level = { mic: LEVEL_FLOOR_DBFS, agent: LEVEL_FLOOR_DBFS };
@@ -95,18 +104,14 @@ export class AudioGraph {
   }
 
   /**
-   * The microphone with the injected sounds, for a room.
-   * @returns {{track: MediaStreamTrack, close: () => void}}
+   * What a room should hear: the microphone itself, or the mixer while that has more to say. Through
+   * the mixer it takes some 40 ms longer. `onTrack` is told when it changes.
    */
-  createTrack() {
-    const destination = new MediaStreamAudioDestinationNode(this.#context, { channelCount: 1 });
-    const [track] = destination.stream.getAudioTracks();
-    this.#mix.connect(destination);
-    const close = () => {
-      track.stop();
-      this.#mix.disconnect(destination);
-    };
-    return { track, close };
+  get track() {
+    const mixing = this.#muted || this.#injecting > 0 || this.#echoDb !== undefined;
+    if (this.#direct && !mixing) return this.#direct;
+    this.#mixed ??= this.#openMixed();
+    return this.#mixed;
   }
 
   /**
@@ -153,15 +158,20 @@ export class AudioGraph {
   /** @param {string | ArrayBuffer} sound a name, or a WAV file's bytes. Resolves when it is over. */
   async inject(sound) {
     const buffer = await loadSound(sound, this.#context);
+    this.#injecting += 1;
+    await this.#retrack();
     const source = new AudioBufferSourceNode(this.#context, { buffer });
     source.connect(this.#mix);
     source.start();
     await new Promise((done) => source.addEventListener('ended', done));
+    setTimeout(() => this.#injected(), MIXER_TAIL_MS);
   }
 
   setMuted(/** @type {boolean} */ muted) {
     this.#muted = muted;
-    this.#stream?.getAudioTracks().forEach((track) => (track.enabled = !muted));
+    const tracks = [...(this.#stream?.getAudioTracks() ?? []), ...(this.#direct ? [this.#direct] : [])];
+    for (const track of tracks) track.enabled = !muted;
+    void this.#retrack();
   }
 
   /** Change the microphone while it runs. Rejects with StartFailed; the old one then stays. */
@@ -191,8 +201,24 @@ export class AudioGraph {
     if (this.#closed) return;
     this.#closed = true;
     this.#release();
+    this.#mixed?.stop();
     this.#capture.port.onmessage = null;
     await this.#context.close();
+  }
+
+  #openMixed() {
+    const destination = new MediaStreamAudioDestinationNode(this.#context, { channelCount: 1 });
+    this.#mix.connect(destination);
+    return destination.stream.getAudioTracks()[0];
+  }
+
+  #injected() {
+    this.#injecting -= 1;
+    if (!this.#closed) void this.#retrack();
+  }
+
+  async #retrack() {
+    await this.onTrack?.(this.track);
   }
 
   #use(/** @type {MediaStream} */ stream) {
@@ -200,6 +226,7 @@ export class AudioGraph {
     this.#release();
     this.#stream = stream;
     this.#source = source;
+    this.#direct = stream.getAudioTracks()[0].clone();
     this.setMuted(this.#muted);
     source.connect(this.#mix);
     stream.getAudioTracks()[0].addEventListener('ended', () => this.#onUnplugged(stream));
@@ -208,7 +235,8 @@ export class AudioGraph {
   #release() {
     this.#source?.disconnect();
     this.#stream?.getTracks().forEach((track) => track.stop());
-    this.#source = this.#stream = null;
+    this.#direct?.stop();
+    this.#source = this.#stream = this.#direct = null;
   }
 
   async #onUnplugged(/** @type {MediaStream} */ stream) {
