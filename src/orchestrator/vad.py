@@ -77,7 +77,7 @@ class VadSettings(StrictModel):
     refractory_ms: int = Field(250, ge=0, description="rest after a false alarm; doubles each time")
     refractory_max_ms: int = Field(2000, ge=0)
     playback_gate_db: float = Field(
-        12.0, description="while we speak, a voice softer than playback by more is our echo"
+        15.0, description="while we speak, a voice softer than playback by more is our echo"
     )
     playback_hold_ms: int = Field(250, ge=0, description="how late an echo may arrive")
     preroll_ms: int = Field(500, ge=MIC_STEP_MS, description="audio kept from before the edge")
