@@ -46,9 +46,9 @@ ci: lint typecheck test
 test-worker PYTHON="3.10":
     UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice
 
-# The whole suite on another Python.
-test-python PYTHON:
-    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest
+# The suite on another Python; `just test-python 3.13 -k duplex` for a part of it.
+test-python PYTHON *ARGS:
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest {{ARGS}}
 
 # Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
 bench *ARGS:
