@@ -79,7 +79,7 @@ class VadSettings(StrictModel):
     playback_gate_db: float = Field(
         15.0, description="while we speak, a voice softer than playback by more is our echo"
     )
-    playback_hold_ms: int = Field(250, ge=0, description="how late an echo may arrive")
+    playback_hold_ms: int = Field(400, ge=0, description="how late an echo may arrive")
     preroll_ms: int = Field(500, ge=MIC_STEP_MS, description="audio kept from before the edge")
 
     @field_validator("energy_steps", "voiced_steps")

@@ -50,7 +50,7 @@ async def test_the_conversation_happens_and_the_heard_words_are_in_the_recording
 
     found = await _listened_to(outcome.recording)
     told, recognised = (" ".join(texts) for texts in zip(*found, strict=True))
-    assert len(normalise(told)) > 15
+    assert len(normalise(told)) >= 8
     assert letter_error_rate(told, recognised) <= MAX_HEARD_ERROR_RATE, (found, said.getvalue())
 
 
