@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
@@ -18,6 +19,9 @@ TAIL_LINES = 12
 STOP_GRACE_S = 10.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
+_LOWEST_PORT, _KERNELS_PORTS = 15_000, 32_000
+_TRIES = 200
+_given: set[int] = set()
 
 
 class ProcessFailed(RuntimeError):
@@ -116,8 +120,14 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody holds at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody holds at this moment, and that this process was not given before.
+
+    Below the range out of which the kernel takes the near ends of connections (32768 and up on
+    Linux, 49152 and up elsewhere): a port of that range is soon somebody's.
+    """
+    for _ in range(_TRIES):
+        port = random.randrange(_LOWEST_PORT, _KERNELS_PORTS)
+        if port not in _given and is_free(port, host):
+            _given.add(port)
+            return port
+    raise OSError(f"{_TRIES} ports of {host} were tried, and none is free")

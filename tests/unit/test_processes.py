@@ -79,3 +79,9 @@ def test_a_port_is_free_until_somebody_listens() -> None:
         server.bind(("127.0.0.1", port))
         server.listen()
         assert not is_free(port)
+
+
+def test_free_ports_are_different_and_not_those_that_connections_begin_at() -> None:
+    ports = [free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert all(15_000 <= port < 32_000 and is_free(port) for port in ports)
