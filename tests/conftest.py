@@ -15,7 +15,10 @@ REQUIRE_SERVICES = bool(os.environ.get("DUPLEX_REQUIRE_SERVICES"))
 # What a default installation leaves out on purpose; such a test says so with this prefix.
 OPTIONAL = "optional: "
 
-_OTHER_ROOMS = re.compile(r"\bsrc\.(orchestrator|client|demo)\b|\bbenchmarks\b")
+_OTHER_ROOMS = re.compile(
+    r"\bsrc\.(orchestrator|client|demo|livekit_plugin)\b|\bbenchmarks\b|livekit|playwright|web_deps"
+    r"|\btests\.integration\.(browser|page)"
+)
 
 
 @cache

@@ -194,7 +194,7 @@ async def test_a_keyboard_is_enough(ui: ShownPage) -> None:
     assert len(await ui.calls("start")) == 1
     await ui.page.keyboard.press("m")
     await expect(ui.page.locator("#mute")).to_have_attribute("aria-pressed", "true")
-    assert await ui.text("#state-hint") == "Your microphone is muted."
+    await expect(ui.page.locator("#state-hint")).to_have_text("Your microphone is muted.")
     await ui.page.keyboard.press("Escape")
     assert await ui.calls("inject") == []
     await ui.say(*SPEAK)
@@ -203,7 +203,9 @@ async def test_a_keyboard_is_enough(ui: ShownPage) -> None:
     await ui.page.keyboard.press("Enter")
     await ui.settle()
     assert len(await ui.calls("stop")) == 1
-    assert await ui.text("#state-hint") == "You hung up. Press start to talk again."
+    await expect(ui.page.locator("#state-hint")).to_have_text(
+        "You hung up. Press start to talk again."
+    )
 
 
 async def test_the_first_tab_skips_to_the_conversation(ui: ShownPage) -> None:
