@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ DEFAULT_PORT = 7880
 DEV_KEY = "devkey"
 READY_S = 20.0
 _ANY_PORT_TRIES = 5
+_NOTICE_S = 0.05
 HOW_TO_GET = (
     "no livekit-server on this machine: `just livekit-server` builds one (needs Go), or "
     "`docker run --rm --network host livekit/livekit-server --dev`"
@@ -92,7 +94,7 @@ class LiveKitServer:
     async def kill(self) -> None:
         """SIGKILL: the way a server dies that nobody expected to."""
         with suppress(ProcessLookupError):
-            os.kill(self._child.pid, 9)
+            os.kill(self._child.pid, signal.SIGKILL)
         await self._child.wait()
 
     async def restart(self) -> None:
@@ -100,6 +102,10 @@ class LiveKitServer:
         self._child = await _launch(self.ports, self.log, self.api_secret)
 
     async def close(self) -> None:
+        """Idempotent. Asked once, it waits for its rooms to empty; asked twice, it ends."""
+        if self._child.running:
+            os.kill(self._child.pid, signal.SIGINT)
+            await asyncio.sleep(_NOTICE_S)
         await self._child.stop()
 
 
