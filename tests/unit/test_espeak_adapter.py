@@ -213,7 +213,7 @@ def test_cancelled_inside_a_segment_it_yields_nothing(model: EspeakModel) -> Non
 
 
 def test_many_streams_share_the_engines_and_leave_no_threads(model: EspeakModel) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     done: list[int] = []
     threads = [
         threading.Thread(target=lambda: done.append(speak(model, LONG * 3).size)) for _ in range(8)
@@ -224,7 +224,8 @@ def test_many_streams_share_the_engines_and_leave_no_threads(model: EspeakModel)
         thread.join(60)
     assert len(done) == 8
     assert all(size > 0 for size in done)
-    assert threading.active_count() == before
+    # Not a count: a thread of an earlier test may end meanwhile.
+    assert set(threading.enumerate()) <= before
 
 
 def test_languages_and_voices_are_found_by_tag_identifier_name_and_variant(
