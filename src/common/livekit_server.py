@@ -23,7 +23,7 @@ DEFAULT_PORT = 7880
 DEV_KEY = "devkey"
 READY_S = 20.0
 _ANY_PORT_TRIES = 5
-_NOTICE_S = 0.05
+_STOP_GRACE_S = 0.5
 HOW_TO_GET = (
     "no livekit-server on this machine: `just livekit-server` builds one (needs Go), or "
     "`docker run --rm --network host livekit/livekit-server --dev`"
@@ -51,7 +51,10 @@ FIXED_PORTS = LiveKitPorts(http=DEFAULT_PORT, tcp=7881, udp=7882)
 class LiveKitServer:
     """A running server. Made by `start`; `kill` and `restart` are what tests do to it."""
 
-    def __init__(self, child: Child, ports: LiveKitPorts, log: Path, api_secret: str) -> None:
+    def __init__(
+        self, binary: Path, child: Child, ports: LiveKitPorts, log: Path, api_secret: str
+    ) -> None:
+        self._binary = binary
         self._child = child
         self.ports = ports
         self.log = log
@@ -77,19 +80,19 @@ class LiveKitServer:
     @classmethod
     async def start(cls, log: Path, ports: LiveKitPorts | None = None) -> LiveKitServer:
         """Returns when it answers; on free ports if none are given. Raises LiveKitUnavailable."""
-        find_binary()
+        binary = find_binary()
         # Not `--dev`'s own "secret": any page in a local browser could make itself a token with it.
         api_secret = secrets.token_urlsafe(32)
-        if ports:
-            return cls(await _launch(ports, log, api_secret), ports, log, api_secret)
-        failure: LiveKitUnavailable | None = None
-        for _ in range(_ANY_PORT_TRIES):
-            ports = LiveKitPorts.free()
+        tries = [ports] if ports else [LiveKitPorts.free() for _ in range(_ANY_PORT_TRIES)]
+        for ports in tries:
             try:
-                return cls(await _launch(ports, log, api_secret), ports, log, api_secret)
-            except LiveKitUnavailable as error:  # somebody took a port in between
-                failure = error
-        raise LiveKitUnavailable(f"no ports would do; the last attempt: {failure}")
+                child = await _launch(binary, ports, log, api_secret)
+            except LiveKitUnavailable:  # somebody took a port in between
+                if ports is tries[-1]:
+                    raise
+            else:
+                return cls(binary, child, ports, log, api_secret)
+        raise AssertionError("the last try returns or raises")
 
     async def kill(self) -> None:
         """SIGKILL: the way a server dies that nobody expected to."""
@@ -99,18 +102,16 @@ class LiveKitServer:
 
     async def restart(self) -> None:
         """On the same ports, after `kill`."""
-        self._child = await _launch(self.ports, self.log, self.api_secret)
+        self._child = await _launch(self._binary, self.ports, self.log, self.api_secret)
 
     async def close(self) -> None:
-        """Idempotent. Asked once, it waits for its rooms to empty; asked twice, it ends."""
-        if self._child.running:
-            os.kill(self._child.pid, signal.SIGINT)
-            await asyncio.sleep(_NOTICE_S)
-        await self._child.stop()
+        """Idempotent. Asked to stop, it waits for its rooms to empty, and just after its start it
+        does not hear: it has nothing to lose, so it is not waited for."""
+        await self._child.stop(grace_s=_STOP_GRACE_S)
 
 
-async def _launch(ports: LiveKitPorts, log: Path, api_secret: str) -> Child:
-    argv = [str(find_binary()), "--dev", "--node-ip", "127.0.0.1"]
+async def _launch(binary: Path, ports: LiveKitPorts, log: Path, api_secret: str) -> Child:
+    argv = [str(binary), "--dev", "--node-ip", "127.0.0.1"]
     # Not an argument: everybody on the machine can read those.
     env = {"LIVEKIT_CONFIG": json.dumps(_config(ports, api_secret))}
     child = await Child.start("livekit-server", argv, log=log, env=env)

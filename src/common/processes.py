@@ -76,13 +76,13 @@ class Child:
     async def wait(self) -> int:
         return await self._process.wait()
 
-    async def stop(self) -> None:
-        """SIGTERM, a while to finish, then SIGKILL. Idempotent."""
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """SIGTERM, `grace_s` seconds to finish, then SIGKILL. Idempotent."""
         if not self.running:
             return
         self._process.send_signal(signal.SIGTERM)
         try:
-            async with timeout(STOP_GRACE_S):
+            async with timeout(grace_s):
                 await self._process.wait()
         except asyncio.TimeoutError:
             self._process.kill()

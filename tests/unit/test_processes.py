@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -35,6 +36,20 @@ async def test_a_child_that_is_never_ready_fails_in_time_and_can_be_stopped(tmp_
     await child.stop()
     await child.stop()
     assert not child.running
+
+
+async def test_a_child_that_does_not_hear_is_killed_after_its_grace(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); "
+    child = await Child.start(
+        "deaf", [sys.executable, "-c", deaf + "time.sleep(60)"], log=tmp_path / "log"
+    )
+
+    async def deafened() -> bool:
+        return "deaf" in child.log.read_text()
+
+    await child.ready(deafened, 30)
+    await child.stop(grace_s=0.05)
+    assert await child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="optional: parent death signals are Linux's")
