@@ -40,7 +40,7 @@ test *ARGS:
     uv run pytest {{ARGS}}
 
 # What must pass before anything lands.
-ci: lint typecheck test
+ci: lint typecheck test test-sesame
 
 # The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
 test-worker PYTHON="3.10":
@@ -49,6 +49,10 @@ test-worker PYTHON="3.10":
 # The suite on another Python; `just test-python 3.13 -k duplex` for a part of it.
 test-python PYTHON *ARGS:
     UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest {{ARGS}}
+
+# The Sesame engine on small random models, with torch, in a venv of its own. No weights, no GPU.
+test-sesame *ARGS:
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models pytest {{ if ARGS == "" { "tests/sesame" } else { ARGS } }}
 
 # Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
 bench *ARGS:
