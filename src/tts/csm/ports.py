@@ -74,7 +74,7 @@ class TickResult:
     codes: Codes
     """[rows, codebooks]"""
     ended: NDArray[np.bool_]
-    """[rows]; the segment is over: the frame is its mark and no sound, the codec did not hear it."""
+    """[rows]; the segment is over: the frame is its mark, no sound; the codec did not hear it."""
     healthy: NDArray[np.bool_]
     """[rows]; False: the logits were not numbers. The codec did not hear that frame either."""
     pcm: Float32
