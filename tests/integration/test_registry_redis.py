@@ -94,7 +94,7 @@ async def test_a_worker_whose_key_lapses_is_gone(
 ) -> None:
     monkeypatch.setattr(registry_module, "TTL_MS", 50)
     monkeypatch.setattr(registry_module, "CHECK_MS", 50)
-    await announce(client, record("dying"), ttl_ms=300)
+    await announce(client, record("dying"), ttl_ms=2_000)
     await announce(client, record("living"))
     async with watching(server) as registry:
         assert names(registry) == ["dying", "living"]
@@ -220,7 +220,7 @@ async def test_an_outage_keeps_the_view_and_the_claims(
 async def test_a_redis_that_hangs_is_an_outage_too(
     server: EmbeddedRedis, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(registry_module, "_ANSWER_S", 1.0)
     await announce(client, record("w", max_sessions=1))
     async with watching(server) as registry:
         os.kill(server.pid, signal.SIGSTOP)
