@@ -20,15 +20,10 @@ from src.orchestrator.rooms.server_probe import ServerProbe
 from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.rooms.token_request import TokenRequest
 from src.orchestrator.rooms.tokens import TokenMint, install_redaction, warn_of_short_secret
-from src.orchestrator.rooms.transport import RoomTransport
-from src.orchestrator.rooms.visit import RoomAccess, RoomVisit
+from src.orchestrator.rooms.visit import RoomAccess, RoomSessionFactory, RoomVisit
 from src.orchestrator.rooms.visits import CLOSE_S, MakeVisit, Visit, Visits, going_down
-from src.orchestrator.ws_endpoint import Session
-from src.rpc.ws_events import SessionStart
 
 log = logging.getLogger(__name__)
-
-RoomSessionFactory = Callable[[str, SessionStart, RoomTransport], Session]
 
 
 class Entry(Protocol):
