@@ -29,10 +29,10 @@ class ComputeTurn:
     """One thread's turns at computing.
 
     Held while the engine works, never while it waits for text or for room, so that few slots serve
-    many utterances.
+    many utterances. Without a `gate` there are no turns: everybody goes on at once.
     """
 
-    def __init__(self, gate: RunGate, cancel: CancelToken) -> None:
+    def __init__(self, gate: RunGate | None, cancel: CancelToken) -> None:
         self._gate = gate
         self._cancel = cancel
         self._deadline = Deadline()
@@ -41,6 +41,8 @@ class ComputeTurn:
 
     def take(self) -> None:
         """Wait for a slot; a cancelled utterance does not wait."""
+        if self._gate is None:
+            return
         self._held.enter_context(self._gate.turn(self._deadline, self._cancel))
         self._holder = threading.get_ident()
 

@@ -104,6 +104,7 @@ class Session:
             spec=self.spec,
             codec=self.codec,
             incremental_text=lease.capabilities.incremental_text,
+            own_engine=lease.capabilities.own_engine,
         )
 
     async def _touching(self, chunks: AsyncIterator[pb.TextChunk]) -> AsyncIterator[pb.TextChunk]:

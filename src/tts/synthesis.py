@@ -30,6 +30,7 @@ class Voicing:
     spec: VoiceSpec
     codec: pb.Codec
     incremental_text: bool
+    own_engine: bool = False
 
 
 class Synthesis:
@@ -44,7 +45,8 @@ class Synthesis:
         clock: Clock,
     ) -> None:
         self.cancel = CancelToken()
-        self._turn = ComputeTurn(compute, self.cancel)
+        # Whoever only waits for an engine must not keep others from computing.
+        self._turn = ComputeTurn(None if voicing.own_engine else compute, self.cancel)
         self.feed = SegmentFeed(self._turn, clock)
         self.first_chunk_ms = 0.0
         """What the engine took for its first chunk, without waiting for text."""

@@ -40,7 +40,10 @@ class WordMark:
 
 @dataclass(frozen=True, slots=True)
 class PcmChunk:
-    """Mono float32 in [-1, 1] at the native rate. `words` may reach past the chunk's end."""
+    """Mono float32 in [-1, 1] at the native rate; none, to bring only words.
+
+    `words` may reach past the chunk's end; known late, they may begin before its first sample.
+    """
 
     samples: Float32
     words: tuple[WordMark, ...] = ()
@@ -105,6 +108,9 @@ class AdapterCapabilities:
     incremental_text: bool = False
     # False: the family has no alignment; its word times are estimates.
     word_times: bool = False
+    # True: the engine computes on a thread of its own, for all streams together; `stream` only
+    # waits for it, and takes none of the worker's turns at computing.
+    own_engine: bool = False
     # Keys that a session's `settings` may hold, each with a sentence on its range.
     settings: Mapping[str, str] = field(default_factory=dict)
 

@@ -104,6 +104,10 @@ class CsmModel(Protocol):
         """One position a frame. The frame of zeros is the mark that ends a segment's sound."""
         ...
 
+    def join(self, parts: Sequence[Embeddings]) -> Embeddings:
+        """One after the other, as one: a voice prompt is a text and the frames that say it."""
+        ...
+
     def prefill(self, slot: int, position: int, embeddings: Embeddings) -> None:
         """Read `embeddings` (at most `max_prefill`) into the slot at `position` and after, with the
         adapter of the voice that it is assigned to."""
