@@ -38,8 +38,7 @@ class MimiStream:
     """The decoder of `codec` over `slots` streams; row `slots` of every tensor is scratch.
 
     Nothing here waits for the device. Calls come from one thread. Raises CorruptModel for a codec
-    that cannot be streamed without looking ahead. (`no_grad`, as torch cannot compile a step in
-    which tensors made inside inference mode meet those made outside; a caller may add it around.)
+    that cannot be streamed without looking ahead.
     """
 
     def __init__(self, codec: MimiModel, *, slots: int) -> None:
@@ -52,17 +51,18 @@ class MimiStream:
         self._upsample = _UpConv(codec.decoder.upsample, layout)
         self._seanet = [_stage(module, layout) for module in codec.decoder.decoder_seanet.layers]
         self._layout = layout
-        self._tails = torch.zeros(slots + 1, layout.size, dtype=weight.dtype, device=weight.device)
-        self._attention = _WindowAttention(
-            codec.decoder.decoder_transformer, slots, self._upsample.stride, weight
-        )
+        steps = self._upsample.stride
+        self._attention = _WindowAttention(codec.decoder.decoder_transformer, slots, steps, weight)
+        self._tails = weight.new_zeros(slots + 1, layout.size)
+        self._positions = torch.zeros(slots + 1, dtype=torch.int64, device=weight.device)
+        self._steps = torch.arange(steps, device=weight.device)
         self.frame_samples = _frame_samples(codec)
 
     def reset(self, slot: int) -> None:
         """The slot's next frame is the first of a stream."""
         with torch.no_grad():
             self._tails[slot].zero_()
-            self._attention.positions[slot].zero_()
+            self._positions[slot].zero_()
 
     def step(self, slots: Tensor, codes: Tensor, keep: Tensor) -> Tensor:
         """One frame of each row's stream.
@@ -71,15 +71,19 @@ class MimiStream:
         clamped; `keep` bool [B]: a row without it leaves its slot as it was and gives samples of no
         meaning. Returns float32 [B, frame_samples] as the codec makes them: not clipped to [-1, 1].
         """
+        # Not inference mode: torch compiles no step in which its tensors meet others.
         with torch.no_grad():
             # A row that is not kept writes where nobody reads.
             target = torch.where(keep, slots, self._tails.shape[0] - 1)
             tails = _Tails(self._layout, self._tails[slots])
+            positions = self._positions[slots][:, None] + self._steps
             x = self._upsample(self._latents(codes), tails)
-            x = self._attention(x.transpose(1, 2), slots, target, keep).transpose(1, 2)
+            x = self._attention(x.transpose(1, 2), slots, target, positions).transpose(1, 2)
             for stage in self._seanet:
                 x = stage(x, tails)
+            # Last, so that a step that failed can be made again: keys are written by position.
             self._tails[target] = tails.packed()
+            self._positions.index_add_(0, slots, keep * len(self._steps))
             return x[:, 0].float()
 
     def encode(self, samples: Float32) -> Tensor:
@@ -88,7 +92,7 @@ class MimiStream:
         Of no slot, and as slow as it is long: for voice prompts, before they are needed.
         """
         with torch.no_grad():
-            sound = torch.from_numpy(samples).to(self._tails.device, self._dtype)
+            sound = torch.tensor(samples, dtype=self._dtype, device=self._tails.device)
             return self._codec.encode(sound[None, None]).audio_codes[0].T.contiguous()
 
 
@@ -246,12 +250,10 @@ class _WindowAttention:
         self._keys = [like.new_zeros(shape) for _ in layers]
         self._values = [like.new_zeros(shape) for _ in layers]
         self._places = torch.arange(self._ring, device=like.device)
-        self._offsets = torch.arange(steps, device=like.device)
-        self.positions = torch.zeros(slots + 1, dtype=torch.int64, device=like.device)
 
-    def __call__(self, x: Tensor, slots: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-        """`x` [B, steps, hidden], and so is what it returns."""
-        positions = self.positions[slots][:, None] + self._offsets
+    def __call__(self, x: Tensor, slots: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+        """`x` [B, steps, hidden] at `positions` [B, steps] to the same shape; keys and values are
+        read from `slots` [B] and written to `target` [B]."""
         rotation = self._transformer.rotary_emb(x, positions)
         visible = self._visible(positions)
         written = (target[:, None], positions % self._ring)
@@ -259,7 +261,6 @@ class _WindowAttention:
             mixed = self._attend(index, layer, x, slots, written, rotation, visible)
             x = x + layer.self_attn_layer_scale(mixed)
             x = x + layer.mlp_layer_scale(layer.mlp(layer.post_attention_layernorm(x)))
-        self.positions.index_add_(0, slots, keep * len(self._offsets))
         return x
 
     def _visible(self, positions: Tensor) -> Tensor:
