@@ -1,0 +1,82 @@
+"""Drawing codes: top-k and temperature for every row its own, with noise that belongs to the row.
+
+The noise is a function of (seed, frame, codebook, id) and of nothing else, so what a slot says
+depends neither on its neighbours nor on the device's random state, and a captured graph needs none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+MAX_TOP_K = 128
+"""So many candidates are ordered in every draw, whatever the rows ask for."""
+
+_LOW = 0xFFFFFFFF
+_WINDOWS = 1 << 20
+
+
+class Sampler:
+    """Draws one of the first `vocab` ids for each row.
+
+    Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax. The noise of
+    a draw is a window into one fixed table of 2^20 + `vocab` values, its place a hash of (seed,
+    frame, codebook): two operations a draw where hashing every candidate takes some twenty.
+    """
+
+    def __init__(self, codebooks: int, vocab: int, device: Any) -> None:
+        self._codebooks = torch.arange(codebooks, device=device)
+        self._k = min(MAX_TOP_K, vocab)
+        table = gumbel(mix(torch.arange(_WINDOWS + vocab)))
+        self._noise = table.to(device)
+
+    def plan(self, seeds: Any, frames: Any, temperature: Any, top_k: Any) -> Draw:
+        """What a frame's draws have in common. int64[B], int64[B], float32[B] (0: greedy),
+        int64[B] (held to 1..MAX_TOP_K)."""
+        greedy = temperature <= 0
+        spot = mix(mix(seeds) + frames)[:, None] + self._codebooks * 0x632BE5AB
+        window = mix(spot & _LOW) & (_WINDOWS - 1)
+        # A greedy row breaks ties alike whatever its seed.
+        window = torch.where(greedy[:, None], 0, window)
+        kth = torch.where(greedy, 1, top_k).clamp(1, self._k) - 1
+        sharpness = torch.where(greedy, 1.0, 1.0 / temperature.clamp_min(1e-3))
+        return Draw(self._noise, self._k, window, kth[:, None], sharpness[:, None])
+
+
+class Draw:
+    """One frame's draws, a codebook at a time."""
+
+    def __init__(self, noise: Any, k: int, window: Any, kth: Any, sharpness: Any) -> None:
+        self._noise = noise
+        self._k = k
+        self._window = window
+        self._kth = kth
+        self._sharpness = sharpness
+
+    def __call__(self, logits: Any, codebook: int) -> tuple[Any, Any]:
+        """[B, vocab] to ids int64[B] and whether the logits were numbers, bool[B].
+
+        Where they were not the id is of no meaning, but still one of the vocabulary.
+        """
+        values, ids = torch.topk(logits.float(), self._k, dim=-1)
+        kept = values >= values.gather(1, self._kth)
+        noise = self._noise[self._window[:, codebook, None] + ids]
+        scores = torch.where(kept, values * self._sharpness + noise, float("-inf"))
+        place = scores.argmax(-1, keepdim=True)
+        # The largest is NaN or infinite if any is: NaN sorts first.
+        return ids.gather(1, place)[:, 0], values[:, 0].isfinite()
+
+
+def mix(x: Any) -> Any:
+    """int64 to 32 well mixed bits in an int64 (MurmurHash3's finaliser on both halves)."""
+    x = ((x >> 32) ^ x) & _LOW
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def gumbel(bits: Any) -> Any:
+    """32 random bits to a standard Gumbel variate, float32."""
+    uniform = (bits.double() + 0.5) / (1 << 32)
+    return -(-uniform.log()).log().float()
