@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weig
 _ADAPTED = re.compile(
     r"(backbone_model|depth_decoder\.model)\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"|depth_decoder\.model\.inputs_embeds_projector"
 )
 _PLAIN = "only plain LoRA on the layers of the backbone and the depth decoder can be spoken with"
 
@@ -81,6 +82,16 @@ def read_adapter(folder: Path, base: CsmWeights) -> AdapterWeights:
     return AdapterWeights(layers, max(pair.a.shape[0] for pair in layers.values()))
 
 
+class _Rows:
+    """What the stacked layers must know of a step. Not the bank, which holds the model: without a
+    circle the last reference frees the weights."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        """[rows, columns], which columns each row keeps."""
+        self.active = True
+
+
 class LoraBank:
     """Up to `capacity` adapters beside one base; index 0 is the base alone.
 
@@ -95,33 +106,43 @@ class LoraBank:
     generation: int
     """Rises when other layers than before are adapted: graphs of steps with `active` captured
     before then are of no use. Graphs of steps without it always are."""
-    active: bool
-    """False: the next steps are of base rows alone; they compute, and cost, what they do without a
-    bank, bit for bit. The caller knows its rows; a step cannot look without waiting."""
 
     def __init__(self, weights: CsmWeights, *, capacity: int, max_rank: int) -> None:
         self.capacity = capacity
         self.max_rank = max_rank
         self.generation = 0
-        self.active = True
         self._model = weights.model
         self._layers: dict[str, StackedLinear] = {}
-        self._taken: dict[int, frozenset[str]] = {}
-        owners = torch.arange(capacity * max_rank, device=weights.device) // max_rank + 1
-        self._owners = owners
+        self._taken: set[int] = set()
+        self._owners = torch.arange(capacity * max_rank, device=weights.device) // max_rank + 1
         """[capacity * max_rank], the index that owns each column."""
-        self.mask = owners[None] < 0
-        """[rows, capacity * max_rank], which columns each row keeps."""
+        self._rows = _Rows(self._owners[None] < 0)
 
     def __len__(self) -> int:
+        """How many voices there are."""
         return len(self._taken)
+
+    @property
+    def active(self) -> bool:
+        """False: the next steps are of base rows alone. They compute, and cost, what they would
+        without a bank, bit for bit. For the caller to say: a step cannot look without waiting."""
+        return self._rows.active
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self._rows.active = value
+
+    def prepare(self) -> None:
+        """Adapt every layer that an adapter may, now: then no `add` raises `generation`."""
+        names = [name for name, _ in self._model.named_modules() if _ADAPTED.fullmatch(name)]
+        self._adapt([name for name in names if name not in self._layers])
 
     def select(self, adapters: torch.Tensor) -> None:
         """The adapter of each row of the next step: int64 [rows]; one for all is [1].
 
         Tensor operations alone: capture it with the step.
         """
-        self.mask = self._owners[None] == adapters[:, None]
+        self._rows.mask = self._owners[None] == adapters[:, None]
 
     def add(self, adapter: AdapterWeights) -> int:
         """Its index. Raises Exhausted when `capacity` voices are there, InvalidArgument when its
@@ -135,25 +156,19 @@ class LoraBank:
         if not free:
             raise Exhausted(f"all {self.capacity} places for LoRA voices on this base are taken")
         index = free[0]
-        new = [name for name in adapter.layers if name not in self._layers]
-        # Built first, put in place afterwards: out of memory leaves the base as it was.
-        built = {name: self._stacked(name) for name in new}
+        self._adapt([name for name in adapter.layers if name not in self._layers])
         with torch.inference_mode():
-            for name, pair in adapter.layers.items():
-                (built.get(name) or self._layers[name]).fill(self._columns(index), pair)
-        for name, layer in built.items():
-            self._put(name, layer)
-        self._layers |= built
-        self._taken[index] = frozenset(adapter.layers)
-        self.generation += bool(new)
+            for name, layer in self._layers.items():
+                layer.fill(self._columns(index), adapter.layers.get(name))
+        self._taken.add(index)
         return index
 
     def remove(self, index: int) -> None:
         """No row may name it any more. Raises KeyError if there is no such voice."""
-        names = self._taken.pop(index)
+        self._taken.remove(index)
         with torch.inference_mode():
-            for name in names:
-                self._layers[name].clear(self._columns(index))
+            for layer in self._layers.values():
+                layer.fill(self._columns(index), None)
 
     def detach(self) -> None:
         """The base as it was before the first voice; the stacked matrices are freed."""
@@ -166,8 +181,13 @@ class LoraBank:
     def _columns(self, index: int) -> slice:
         return slice((index - 1) * self.max_rank, index * self.max_rank)
 
-    def _stacked(self, name: str) -> StackedLinear:
-        return StackedLinear(self._model.get_submodule(name), self)
+    def _adapt(self, names: Sequence[str]) -> None:
+        """All or, when the memory does not suffice, none of them."""
+        built = {name: StackedLinear(self._model.get_submodule(name), self._rows) for name in names}
+        for name, layer in built.items():
+            self._put(name, layer)
+        self._layers |= built
+        self.generation += bool(built)
 
     def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -177,32 +197,29 @@ class LoraBank:
 class StackedLinear(nn.Module):  # type: ignore[misc]
     """`base(x)`, and for each row what its own voice adds to that."""
 
-    def __init__(self, base: nn.Linear, bank: LoraBank) -> None:
+    def __init__(self, base: nn.Linear, rows: _Rows) -> None:
         super().__init__()
         self.base = base
-        # Not a submodule's business: the bank holds the model, which holds this layer.
-        self.__dict__["bank"] = bank
-        columns = bank.capacity * bank.max_rank
+        self._rows = rows
+        columns = rows.mask.shape[1]
         with torch.inference_mode():
             self.a = base.weight.new_zeros(columns, base.in_features)
             self.b = base.weight.new_zeros(base.out_features, columns)
 
-    def fill(self, columns: slice, pair: LowRank) -> None:
-        self.clear(columns)
-        rank = pair.a.shape[0]
-        self.a[columns][:rank] = pair.a
-        self.b[:, columns][:, :rank] = pair.b
-
-    def clear(self, columns: slice) -> None:
-        self.a[columns] = 0
-        self.b[:, columns] = 0
+    def fill(self, columns: slice, pair: LowRank | None) -> None:
+        """One voice's part, zeros where its rank is lower or where it has none."""
+        self.a[columns], self.b[:, columns] = 0, 0
+        if pair is not None:
+            rank = pair.a.shape[0]
+            self.a[columns][:rank] = pair.a
+            self.b[:, columns][:, :rank] = pair.b
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, …, in_features]; [rows, …, out_features]."""
         out = self.base(x)
-        if not self.bank.active:
+        if not self._rows.active:
             return out
-        mask = self.bank.mask
+        mask = self._rows.mask
         mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1])
         # Chosen, not multiplied by 0 and 1: another voice's overflow must not become a NaN here.
         low = torch.where(mask, nn.functional.linear(x, self.a), 0)
