@@ -97,6 +97,13 @@ build-plugin:
 
 run-tts-cosy DEFAULT="cosyvoice2-en-base" PRELOAD="" PORT="7001": (_run-tts "cosyvoice2" DEFAULT PRELOAD PORT)
 
+# `just run-tts-sesame tiny-csm-random` tries the engine without weights, and speaks noise. DEVICE: a GPU if there is one.
+# Sesame CSM, in the environment of `test-sesame`; without weights it says what to download and where to put it.
+run-tts-sesame DEFAULT="sesame-csm-1b" PRELOAD="" PORT="7001" DEVICE="":
+    device="{{trim_start_match(DEVICE, 'DEVICE=')}}"; \
+        [ -n "$device" ] || device=$(nvidia-smi -L >/dev/null 2>&1 && echo cuda:0 || echo cpu); \
+        UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models watchfiles --filter python "python -m src.tts.worker --adapter sesame --port {{trim_start_match(PORT, 'PORT=')}} --device $device --default_model {{trim_start_match(DEFAULT, 'DEFAULT=')}} {{ if trim_start_match(PRELOAD, 'PRELOAD=') == '' { '' } else { '--preload_models ' + trim_start_match(PRELOAD, 'PRELOAD=') } }}" src configs
+
 run-tts-piper DEFAULT="piper-en-joe" PRELOAD="" PORT="7002": (_run-tts "piper" DEFAULT PRELOAD PORT)
 
 _run-tts ADAPTER DEFAULT PRELOAD PORT:

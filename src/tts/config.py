@@ -15,6 +15,7 @@ from src.common.config import ConfigError, StrictModel, load_config, parse_confi
 from src.common.names import nearest_hint
 from src.rpc.errors import UnknownName
 from src.tts.catalog import Catalog, load_catalog
+from src.tts.tts_base import RANDOM_WEIGHTS
 
 DEFAULT_CONFIG = Path("configs/worker.yaml")
 DEFAULT_PORT = 7001
@@ -162,7 +163,7 @@ def _settled(config: WorkerConfig, catalog: Catalog) -> WorkerConfig:
 def _first_of_family(adapter: str, catalog: Catalog) -> str:
     if not adapter:
         raise ConfigError("neither worker.adapter nor model_manager.default_model_id is given")
-    models = catalog.of_family(adapter)
+    models = [meta for meta in catalog.of_family(adapter) if RANDOM_WEIGHTS not in meta.tags]
     if not models:
         hint = nearest_hint(adapter, catalog.families)
         raise UnknownName(f"no model of the family {adapter!r} in the catalog{hint}")

@@ -17,6 +17,9 @@ from typing import Protocol
 from src.audio.pcm import Float32
 from src.tts.catalog import ModelMeta
 
+RANDOM_WEIGHTS = "random-weights"
+"""Tag of a model that speaks noise, for tests: nobody gets it who did not ask for it by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -53,6 +53,7 @@ from src.tts.reload import Reloader, playout_policy
 from src.tts.service import Identity, TTSService, languages_of
 from src.tts.sessions import Sessions
 from src.tts.sources import SourceResolver
+from src.tts.tts_base import RANDOM_WEIGHTS
 from src.tts.utterance import Stage
 
 log = logging.getLogger("src.tts.worker")
@@ -90,8 +91,9 @@ class Worker:
             device=settings.device,
             allow_fallback=settings.allow_fallback,
         )
+        catalog = read_catalog(config)
         self._manager = ModelManager(
-            read_catalog(config),
+            catalog,
             config.model_manager,
             self._loader,
             clock=clock,
@@ -105,7 +107,13 @@ class Worker:
         self._reload = Reloader(config, read_config, self._manager, self._sessions)
         self._health = health_aio.HealthServicer()
         self._announcer = Announcer(config.redis.url, self._describe)
-        self._identity = Identity("", "", "", adapter_for(settings.adapter).capabilities, "")
+        default = catalog.get(config.model_manager.default_model_id)
+        adapter = (
+            self._loader.adapter_of(default)
+            if settings.adapter == default.family
+            else adapter_for(settings.adapter)
+        )
+        self._identity = Identity("", "", "", adapter.capabilities, "")
         self._addr = ""
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -220,11 +228,16 @@ class Worker:
                 first_audio_p50_ms=self._metrics.first_audio_p50_ms,
             ),
             default_model=self._manager.default_model_id,
-            models=[_entry(model) for model in models],
+            models=[_entry(model) for model in models if _offered(model)],
             max_sessions=settings.max_sessions,
             draining=self._sessions.draining,
             version=own.version,
         )
+
+
+def _offered(model: ModelStatus) -> bool:
+    """Noise is offered only where somebody asked for it by name."""
+    return RANDOM_WEIGHTS not in model.meta.tags or model.state is ModelState.RESIDENT
 
 
 def _entry(model: ModelStatus) -> ModelEntry:

@@ -1,0 +1,93 @@
+"""From a folder to an engine that runs, shared by all models that speak with these weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+
+from src.rpc.errors import CorruptModel, Unavailable
+from src.tts.csm.engine import Engine
+from src.tts.csm.engines import Lease, engine_for
+from src.tts.csm.options import EngineOptions
+
+_log = logging.getLogger(__name__)
+
+_DOWNLOAD = (
+    "hf download sesame/csm-1b --local-dir {folder} config.json tokenizer.json "
+    "tokenizer_config.json transformers.safetensors.index.json "
+    "transformers-00001-of-00002.safetensors transformers-00002-of-00002.safetensors"
+)
+
+
+def pack_folder(model_id: str, family: str, files: Mapping[str, Path]) -> Path:
+    """The folder that holds the weights, as `from_pretrained` wants it.
+
+    Raises CorruptModel: without files, with what to download and where to put it.
+    """
+    config = files.get("config.json")
+    if config is None:
+        folder = PurePosixPath("voicepacks", family, model_id.removeprefix(f"{family}-"))
+        raise CorruptModel(
+            f"{model_id}: there are no weights. Download 7 GB of them into {folder}, where its "
+            f"metadata.yaml is (accept the licence on the model's page first): "
+            f"`{_DOWNLOAD.format(folder=folder)}`; docs/families/{family}.md says more. "
+            "To try the engine without weights: --default_model tiny-csm-random, which speaks noise"
+        )
+    folder_on_disk = config.parent
+    for name, path in files.items():
+        if path != folder_on_disk / name:
+            raise CorruptModel(
+                f"{model_id}: {name} is at {path}, not beside {config}; "
+                "a Sesame model is read from one folder"
+            )
+    return folder_on_disk
+
+
+def open_engine(
+    model_id: str,
+    folder: Path,
+    device: str,
+    options: EngineOptions,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Lease[Engine]:
+    """A share in the engine on these weights; the first to ask loads them.
+
+    Raises CorruptModel, InvalidArgument for a device that does not exist, Unavailable where the
+    slots do not fit in its memory.
+    """
+
+    def make() -> Engine:
+        from src.tts.csm.device_model import DeviceModel
+        from src.tts.csm.weights import load_weights
+
+        weights = load_weights(folder, device=device, dtype=options.dtype)
+        progress(0.6)
+        model = DeviceModel(
+            weights,
+            slots=options.max_slots,
+            positions=options.positions,
+            compile=options.compile,
+            max_adapters=options.max_adapters,
+            max_rank=options.max_rank,
+        )
+        progress(0.9)
+        engine = Engine(model, name=model_id)
+        engine.start()
+        return engine
+
+    key = (folder.resolve(), device, options)
+    try:
+        return engine_for(key, make)
+    except _out_of_memory() as error:
+        raise Unavailable(
+            f"{model_id} does not fit into the memory of {device} with {options.max_slots} slots "
+            f"of {options.positions} positions; lower max_slots or positions in the catalog"
+        ) from error
+
+
+def _out_of_memory() -> type[BaseException]:
+    import torch
+
+    kind: type[BaseException] = torch.OutOfMemoryError
+    return kind
