@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from src.tts.csm.engines import Lease, SharedEngines
+from src.tts.csm.engines import Lease, OtherTerms, SharedEngines
 
 WAIT_S = 10
 
@@ -80,6 +80,26 @@ def test_after_a_failed_make_the_next_caller_tries_anew() -> None:
         engines.lease("base", fail)
     assert len(engines) == 0
     assert engines.lease("base", FakeEngine).engine.closed == 0
+
+
+def test_nobody_gets_an_engine_on_other_terms_than_he_asked_for() -> None:
+    engines = SharedEngines()
+    held = engines.lease("base", FakeEngine, {"slots": 8})
+    assert engines.lease("base", FakeEngine, {"slots": 8}).engine is held.engine
+    with pytest.raises(OtherTerms) as refused:
+        engines.lease("base", FakeEngine, {"slots": 4})
+    assert refused.value.terms == {"slots": 8}
+
+
+def test_a_refusal_keeps_no_engine_alive() -> None:
+    engines = SharedEngines()
+    held = engines.lease("base", FakeEngine, 8)
+    engine = held.engine
+    with pytest.raises(OtherTerms):
+        engines.lease("base", FakeEngine, 4)
+    held.release()
+    assert engine.closed == 1
+    assert engines.lease("base", FakeEngine, 4).engine is not engine
 
 
 def test_a_newcomer_waits_until_the_old_engine_is_closed() -> None:

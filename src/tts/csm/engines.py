@@ -18,6 +18,15 @@ class Closable(Protocol):
 T = TypeVar("T", bound=Closable)
 
 
+class OtherTerms(Exception):
+    """There is an engine for the key, but it was made on other terms than those asked for."""
+
+    def __init__(self, terms: object) -> None:
+        super().__init__(f"the engine was made with {terms}")
+        self.terms = terms
+        """Those of the engine that is there."""
+
+
 class Lease(Generic[T]):
     """A share in an engine. Keep no other reference to it: the last `release` frees its memory."""
 
@@ -54,6 +63,7 @@ class _Place:
         self.users = 0
         """Leases, and callers that wait for one; guarded by the pool's lock."""
         self.engine: Closable | None = None
+        self.terms: object = None
 
 
 class SharedEngines:
@@ -63,9 +73,12 @@ class SharedEngines:
         self._lock = threading.Lock()
         self._places: dict[Hashable, _Place] = {}
 
-    def lease(self, key: Hashable, make: Callable[[], T]) -> Lease[T]:
-        """A share in the key's engine, made by `make` if there is none. Blocks while another makes
-        or closes it. Raises what `make` raises; then the next caller tries anew.
+    def lease(self, key: Hashable, make: Callable[[], T], terms: object = None) -> Lease[T]:
+        """A share in the key's engine, made by `make` on these `terms` if there is none. Blocks
+        while another makes or closes it.
+
+        Raises OtherTerms if there is one on terms that are not equal; what `make` raises, and then
+        the next caller tries anew.
         """
         with self._lock:
             place = self._places.setdefault(key, _Place())
@@ -73,7 +86,9 @@ class SharedEngines:
         try:
             with place.busy:
                 if place.engine is None:
-                    place.engine = make()
+                    place.engine, place.terms = make(), terms
+                elif place.terms != terms:
+                    raise OtherTerms(place.terms)
                 engine = cast(T, place.engine)
         except BaseException:
             self._leave(key, place)
@@ -103,8 +118,8 @@ class SharedEngines:
 _PROCESS = SharedEngines()
 
 
-def engine_for(key: Hashable, make: Callable[[], T]) -> Lease[T]:
-    """This process's engine for `key`: what must be the same for two models to share one, so the
-    weights' folder and the device. See `SharedEngines.lease`.
+def engine_for(key: Hashable, make: Callable[[], T], terms: object = None) -> Lease[T]:
+    """This process's engine for `key`, which says what may be in memory once: these weights on that
+    device. See `SharedEngines.lease`.
     """
-    return _PROCESS.lease(key, make)
+    return _PROCESS.lease(key, make, terms)

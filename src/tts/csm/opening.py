@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
+from typing import cast
 
-from src.rpc.errors import CorruptModel, Unavailable
+from src.rpc.errors import CorruptModel, FailedPrecondition, Unavailable
 from src.tts.csm.engine import Engine
-from src.tts.csm.engines import Lease, engine_for
+from src.tts.csm.engines import Lease, OtherTerms, engine_for
 from src.tts.csm.options import EngineOptions
 
 _log = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ def open_engine(
     """A share in the engine on these weights; the first to ask loads them.
 
     Raises CorruptModel, InvalidArgument for a device that does not exist, Unavailable where the
-    slots do not fit in its memory.
+    slots do not fit in its memory, FailedPrecondition while they are loaded with other options:
+    a second copy would take the memory of the first again, unseen.
     """
 
     def make() -> Engine:
@@ -76,14 +79,28 @@ def open_engine(
         engine.start()
         return engine
 
-    key = (folder.resolve(), device, options)
     try:
-        return engine_for(key, make)
+        return engine_for((folder.resolve(), device), make, options)
+    except OtherTerms as other:
+        raise FailedPrecondition(
+            f"{model_id}: its weights are in memory already, for another model, with "
+            f"{_difference(cast(EngineOptions, other.terms), options)}; give the entries of all "
+            "models that share weights the same settings"
+        ) from None
     except _out_of_memory() as error:
         raise Unavailable(
             f"{model_id} does not fit into the memory of {device} with {options.max_slots} slots "
             f"of {options.positions} positions; lower max_slots or positions in the catalog"
         ) from error
+
+
+def _difference(theirs: EngineOptions, ours: EngineOptions) -> str:
+    mine = asdict(ours)
+    return ", ".join(
+        f"{name} {value} (this one: {mine[name]})"
+        for name, value in asdict(theirs).items()
+        if value != mine[name]
+    )
 
 
 def _out_of_memory() -> type[BaseException]:
