@@ -7,7 +7,6 @@ stacked beside the base's own Linear layers, so that one step serves the base an
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
@@ -42,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """What one Linear gains: `b @ a`, of the base's dtype, on the CPU."""
+    """What one Linear gains: `b @ a`, float32 on the CPU."""
 
     a: torch.Tensor
     """[rank, in_features]"""
@@ -60,20 +59,21 @@ class AdapterWeights:
     """The highest of its layers."""
 
 
-def read_adapter(folder: Path, base: CsmWeights) -> AdapterWeights:
-    """The adapter that peft (or Unsloth, by peft) saved into `folder`, for this base.
+def read_adapter(folder: Path, base: Path) -> AdapterWeights:
+    """The adapter that peft (or Unsloth, by peft) saved into `folder`, for the base in `base`, of
+    which only config.json is read.
 
     The base that the adapter names is not looked for, neither on disk nor on the hub.
     Raises CorruptModel, which names the key: a file that is missing or cannot be read, an adapter
     of another base, a key too many or too few (under the codec both are let pass).
     """
     shapes = _shapes_in(folder)
-    skeleton = _skeleton(base.model)
+    skeleton = _skeleton(base)
     _check_shapes(folder, shapes, skeleton)
     adapted = dict(_adapted(_read_by_peft(folder, skeleton)))
     _check_keys(folder, set(shapes), {key for name in adapted for key in _keys(name)})
     layers = {
-        name: _low_rank(folder, name, layer, base.dtype)
+        name: _low_rank(folder, name, layer)
         for name, layer in adapted.items()
         if not name.startswith(_CODEC)
     }
@@ -118,8 +118,9 @@ class LoraBank:
         """[capacity * max_rank], the index that owns each column."""
         self._rows = _Rows(self._owners[None] < 0)
 
-    def __len__(self) -> int:
-        """How many voices there are."""
+    @property
+    def voices(self) -> int:
+        """How many there are."""
         return len(self._taken)
 
     @property
@@ -247,13 +248,19 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
         raise CorruptModel(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def _skeleton(model: Any) -> Any:
-    """A model of the same class and shapes whose weights take no memory.
+def _skeleton(base: Path) -> Any:
+    """The base's model, of its shapes, with weights that take no memory.
 
     Not on torch's `meta` device: peft puts an adapter where the layer that it adapts is.
     """
+    from transformers import CsmConfig, CsmForConditionalGeneration
+
+    try:
+        config = CsmConfig.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CorruptModel(f"{base / 'config.json'}: cannot be read: {error}") from error
     with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
+        skeleton = CsmForConditionalGeneration(config)
     for module in skeleton.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
@@ -359,9 +366,9 @@ def _check_keys(folder: Path, found: set[str], expected: set[str]) -> None:
             raise CorruptModel(f"{folder / WEIGHTS}: {what} {strict[0]!r}{more}")
 
 
-def _low_rank(folder: Path, name: str, layer: Any, dtype: torch.dtype) -> LowRank:
+def _low_rank(folder: Path, name: str, layer: Any) -> LowRank:
     a, b = (part["default"].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
     for key, weight in zip(_keys(name), (a, b), strict=True):
         if not bool(torch.isfinite(weight).all()):
             raise CorruptModel(f"{folder / WEIGHTS}: {key!r} holds numbers that are not finite")
-    return LowRank(a.to(dtype), (b * layer.scaling["default"]).to(dtype))
+    return LowRank(a, b * layer.scaling["default"])
