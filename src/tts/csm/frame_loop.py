@@ -87,8 +87,8 @@ class StepOut:
 class FrameLoop:
     """One model's slots. Not thread-safe: all calls come from the engine's thread.
 
-    `inputs` [slots + 1, hidden] holds what each slot's next step reads; a step leaves the frame that
-    it drew there. `bank`: the LoRA adapters, or None.
+    `inputs` [slots + 1, hidden] holds what each slot's next step reads; a step leaves there what
+    it drew. `bank`: the LoRA adapters, or None.
     """
 
     def __init__(self, weights: CsmWeights, *, slots: int, positions: int) -> None:
@@ -110,23 +110,27 @@ class FrameLoop:
         self.inputs = torch.zeros(slots + 1, weights.hidden, device=device, dtype=dtype)
         # Ids that the codec does not have are never drawn: their logits are never computed.
         valid = weights.codec_vocab
-        self._head = model.lm_head.weight.detach()[:valid]
-        self._heads = (
-            model.depth_decoder.codebooks_head.weight.detach()[:, :, :valid]
-            .transpose(1, 2)
-            .contiguous()
-        )
+        with torch.no_grad():
+            self._head = model.lm_head.weight[:valid]
+            # Rows of 2051 columns are not aligned for the fast kernels; so, a copy.
+            heads = model.depth_decoder.codebooks_head.weight[:, :, :valid]
+            self._heads = heads.transpose(1, 2).contiguous()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory that one more slot takes."""
+        return self._cache.slot_bytes + int(self.inputs[0].nbytes)
 
     def embed_text(self, ids: Sequence[int]) -> Any:
         """Token ids to [n, hidden]."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.weights.model.embed_text_tokens(
                 torch.tensor(list(ids), dtype=torch.int64, device=self.weights.device)
             )
 
     def embed_frames(self, codes: Any) -> Any:
         """int64[n, codebooks] to [n, hidden]; the frame of zeros is the mark of a segment's end."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._embed(codes)
 
     def prefill(self, slot: int, position: int, embeddings: Any, adapter: int = 0) -> None:
@@ -138,7 +142,7 @@ class FrameLoop:
         self._check(slot, position, n)
         if n == 0:
             return
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.bank is not None:
                 self.bank.select(torch.tensor([adapter], device=self.weights.device))
             self._prefill(slot, position, embeddings.to(self.inputs.dtype)[None])
@@ -146,13 +150,13 @@ class FrameLoop:
     def save_prefix(self, slot: int, n: int) -> KvPrefix:
         """A copy of the slot's first `n` positions."""
         self._check(slot, 0, n)
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._cache.save(slot, n)
 
     def restore(self, slot: int, prefix: KvPrefix | None) -> None:
         """A new owner's slot: `prefix`, or nothing, and no trace of the last owner."""
         self._check(slot, 0, prefix.positions if prefix is not None else 0)
-        with torch.inference_mode():
+        with torch.no_grad():
             self._cache.restore(slot, prefix)
             self.inputs[slot] = 0
 
@@ -162,7 +166,7 @@ class FrameLoop:
         `length`: so many positions of the cache are looked at; more than the largest of
         `batch.positions`, and the same for all rows.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.bank is not None:
                 self.bank.select(batch.adapters)
             hidden = self._backbone_step(batch, self.positions if length is None else length)
@@ -240,7 +244,7 @@ class FrameLoop:
         return F.embedding(codes + self._offsets, table).sum(1)
 
     def _check(self, slot: int, position: int, n: int) -> None:
-        if not 0 <= slot < self.slots:
+        if not 0 <= slot <= self.slots:
             raise ValueError(f"there is no slot {slot} of {self.slots}")
         if position < 0 or position + n > self.positions:
             raise ValueError(f"positions {position} to {position + n} of {self.positions}")

@@ -37,6 +37,10 @@ class SlotCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
+    @property
+    def slot_bytes(self) -> int:
+        return 2 * int(self.keys[:, 0].nbytes)
+
     def write(self, layer: int, slots: Any, positions: Any, keys: Any, values: Any) -> None:
         """One position a row: `slots`, `positions` int64[B], `keys`, `values` [B, kv_heads, D]."""
         self.keys[layer][slots, :, positions] = keys

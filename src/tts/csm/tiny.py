@@ -41,7 +41,7 @@ def make_tiny_pack(
     layer_scale: float = 0.3,
     sliding_window: int = 250,
 ) -> Path:
-    """Writes the pack into `folder` (made if need be) and returns it; the same seed, the same bytes.
+    """Writes the pack into `folder` and returns it; the same seed, the same bytes.
 
     `end_gain`: 0 never ends a segment by itself; at 3.5 a frame in about twenty is the mark that
     does. `layer_scale`: how much the codec's transformer counts. `sliding_window`: how far it looks
