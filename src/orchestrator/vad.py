@@ -24,6 +24,7 @@ from pydantic import Field, field_validator
 
 from src.audio.pcm import Int16, level_dbfs
 from src.common.config import StrictModel
+from src.orchestrator.echo_gate import EchoGate
 from src.orchestrator.ports import MIC_STEP_MS, MIC_STEP_SAMPLES
 
 
@@ -79,6 +80,10 @@ class VadSettings(StrictModel):
     playback_gate_db: float = Field(
         15.0, description="while we speak, a voice softer than playback by more is our echo"
     )
+    playback_relaxed_db: float = Field(
+        30.0, description="how far below it may sink where measured echoes are soft"
+    )
+    playback_margin_db: float = Field(10.0, ge=0, description="it stays so far above those echoes")
     playback_hold_ms: int = Field(400, ge=0, description="how late an echo may arrive")
     preroll_ms: int = Field(500, ge=MIC_STEP_MS, description="audio kept from before the edge")
 
@@ -130,18 +135,6 @@ class NoiseFloor:
         return self._sorted[int(len(self._sorted) * self._PERCENTILE)]
 
 
-class PlaybackGate:
-    """The level under which a voice may be our own, coming back."""
-
-    def __init__(self, below_db: float, hold_ms: int) -> None:
-        self._below_db = below_db
-        self._held: deque[float] = deque(maxlen=max(1, hold_ms // MIC_STEP_MS))
-
-    def step(self, playback_dbfs: float) -> float:
-        self._held.append(playback_dbfs)
-        return max(self._held) - self._below_db
-
-
 class _Recent:
     """k of the last n."""
 
@@ -183,7 +176,12 @@ class VoiceActivityDetector:
         self._opinion = opinion or _silero()
         self._edge = edge or _webrtc(settings.aggressiveness)
         self._floor = NoiseFloor()
-        self._gate = PlaybackGate(settings.playback_gate_db, settings.playback_hold_ms)
+        self._gate = EchoGate(
+            settings.playback_gate_db,
+            settings.playback_relaxed_db,
+            settings.playback_margin_db,
+            settings.playback_hold_ms,
+        )
         self._risen = _Recent(settings.energy_steps)
         self._voiced = _Recent(settings.voiced_steps)
         self._resumed = _Recent(_RESUME_STEPS)
@@ -222,7 +220,7 @@ class VoiceActivityDetector:
         level = level_dbfs(samples)
         self._history.append(samples)
         self._levels.append(level)
-        gate = self._gate.step(playback_dbfs if playing else -120.0)
+        gate = self._gate.step(level, playback_dbfs if playing else -120.0)
         edge = self._first_stage(samples, level, gate)
         begun = self._begin(playing) if edge and self._state is _State.IDLE else []
         # The pause must not wait for the second opinion: it wakes up with the next step.
@@ -253,6 +251,7 @@ class VoiceActivityDetector:
         self._deadline_ms = self._now_ms + window
         self._onset_ms = self._find_onset()
         self._probability = 0.0
+        self._gate.suspect()
         return [self._event(VadPhase.EDGE)]
 
     def _find_onset(self) -> int:
@@ -310,6 +309,7 @@ class VoiceActivityDetector:
             self._last_voiced_ms = self._now_ms
             return [self._event(VadPhase.VOICED_AGAIN)]
         if self._silent_ms() >= self._endpoint_ms:
+            self._gate.settle(self._silent_ms())
             self._rest()
             return [self._event(VadPhase.ENDED)]
         return []
@@ -338,6 +338,7 @@ class VoiceActivityDetector:
         rest_ms = self._settings.refractory_ms << min(self._rejections, 10)
         self._rejections += 1
         self._state = _State.REFRACTORY
+        self._gate.settle(None)
         self._deadline_ms = self._now_ms + min(rest_ms, self._settings.refractory_max_ms)
         return self._event(VadPhase.REJECTED)
 

@@ -227,6 +227,33 @@ def test_a_late_echo_is_still_an_echo() -> None:
     assert bench.run(-36.0, 100, 0.9, playing=True, playback_dbfs=-120.0) == []
 
 
+def test_where_no_echo_comes_back_a_soft_consonant_is_heard_beside_the_playback() -> None:
+    bench = Bench()
+    assert bench.run(-42.0, 50, 0.9, playing=True, playback_dbfs=-20.0) == []
+    bench.run(FLOOR_DB, 3000, playing=True, playback_dbfs=-20.0)
+    assert phases(bench.run(-42.0, 30, 0.9, playing=True, playback_dbfs=-20.0))[:1] == [EDGE]
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.9])
+def test_an_echo_that_comes_of_a_sudden_interrupts_once(probability: float) -> None:
+    bench = Bench()
+    bench.run(FLOOR_DB, 3000, playing=True, playback_dbfs=-20.0)
+    assert phases(bench.run(-38.0, 60, probability, playing=True, playback_dbfs=-20.0))[0] is EDGE
+    bench.run(FLOOR_DB, 1000, 0.1)
+    for _ in range(10):
+        assert bench.run(-38.0, 600, probability, playing=True, playback_dbfs=-20.0) == []
+        bench.run(FLOOR_DB, 600, 0.1)
+
+
+def test_a_soft_voice_that_goes_on_without_us_is_heard_again() -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.run(FLOOR_DB, 3000, playing=True, playback_dbfs=-20.0)
+        assert phases(bench.run(-42.0, 30, 0.9, playing=True, playback_dbfs=-20.0))[0] is EDGE
+        bench.run(-42.0, 700, 0.9)
+        assert phases(bench.run(FLOOR_DB, 400, 0.1)) == [QUIET, ENDED]
+
+
 def test_nothing_gates_the_user_when_we_are_silent() -> None:
     assert phases(Bench().run(-36.0, 50, 0.9, playback_dbfs=-20.0)) == [EDGE, CONFIRMED]
 
