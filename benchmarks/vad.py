@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks import vad_echo
 from src.audio.pcm import Float32, Int16, to_int16
 from src.orchestrator.vad import VadEvent, VadPhase, VadSettings, VoiceActivityDetector
 from tests import audio_fixtures as audio
@@ -124,7 +125,8 @@ def main() -> None:
     args = parser.parse_args()
     listen(to_int16(audio.silence(500)), playing=False)
     for line in (
-        *speech_table(args.clips), "", *noise_table(args.noise_seconds), "", speech_cost()
+        *speech_table(args.clips), "", *noise_table(args.noise_seconds), "", speech_cost(), "",
+        *vad_echo.tables(),
     ):  # fmt: skip
         print(line, flush=True)
 
