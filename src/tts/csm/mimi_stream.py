@@ -58,6 +58,11 @@ class MimiStream:
         self._steps = torch.arange(steps, device=weight.device)
         self.frame_samples = _frame_samples(codec)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory that one more stream takes."""
+        return int(self._tails[0].nbytes) + self._attention.slot_bytes
+
     def reset(self, slot: int) -> None:
         """The slot's next frame is the first of a stream."""
         with torch.no_grad():
@@ -251,6 +256,10 @@ class _WindowAttention:
         self._values = [like.new_zeros(shape) for _ in layers]
         self._places = torch.arange(self._ring, device=like.device)
 
+    @property
+    def slot_bytes(self) -> int:
+        return sum(int(ring[0].nbytes) for ring in (*self._keys, *self._values))
+
     def __call__(self, x: Tensor, slots: Tensor, target: Tensor, positions: Tensor) -> Tensor:
         """`x` [B, steps, hidden] at `positions` [B, steps] to the same shape; keys and values are
         read from `slots` [B] and written to `target` [B]."""
@@ -316,10 +325,8 @@ def _check_causal(codec: MimiModel) -> None:
         "use_causal_conv": (config.use_causal_conv, True),
         "pad_mode": (config.pad_mode, "constant"),
         "trim_right_ratio": (config.trim_right_ratio, 1.0),
-        "frames are made of whole steps": (codec.decoder.upsample is not None, True),
+        "upsampled": (codec.decoder.upsample is not None, True),
     }
     for name, (found, needed) in facts.items():
         if found != needed:
-            raise CorruptModel(
-                f"the codec cannot be streamed: {name} is {found}, and has to be {needed}"
-            )
+            raise CorruptModel(f"the codec cannot be streamed: {name} is {found}, not {needed}")
