@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -51,6 +51,9 @@ class ModelMeta(StrictModel):
 
     model_id: str = Field(min_length=1)
     family: str = Field(min_length=1)
+    backend: Literal["", "http"] = Field(
+        default="", description="http: behind the server that `settings` names; empty: in here"
+    )
     device: str = Field(default="", description="empty: the worker's own")
     needs_gpu: bool = False
     supports_lora: bool = False

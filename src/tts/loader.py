@@ -97,6 +97,14 @@ class ModelLoader:
     def close(self) -> None:
         self._threads.shutdown(wait=False)
 
+    def adapter_of(self, meta: ModelMeta) -> Adapter:
+        """Who loads this model: by its backend, else by its family, which must then be known."""
+        if meta.backend == "http":
+            from src.tts.adapters.adapter_http_speech import HttpSpeechAdapter
+
+            return HttpSpeechAdapter(meta.family)
+        return self._adapters(meta.family)
+
     def _load(self, meta: ModelMeta, progress: Progress) -> LoadedModel:
         started = time.monotonic()
         try:
@@ -129,15 +137,16 @@ class ModelLoader:
     def _load_family(
         self, meta: ModelMeta, progress: Progress, fallback_reason: str = ""
     ) -> LoadedModel:
-        adapter = self._adapters(meta.family)
+        adapter = self.adapter_of(meta)
         adapter.check_installed()
         device = meta.device or self._device
-        if meta.needs_gpu and device == "cpu":
+        here = meta.backend != "http"
+        if meta.needs_gpu and device == "cpu" and here:
             raise Unavailable(
                 f"{meta.model_id} needs a GPU and this worker runs on cpu; "
                 "start it with --device cuda:0"
             )
-        files = self._resolve(meta, _part(progress, 0.0, _VERIFIED))
+        files = self._resolve(meta, _part(progress, 0.0, _VERIFIED)) if here else {}
         model = adapter.load(meta, files, device, _part(progress, _VERIFIED, _LOADED))
         try:
             _warm_up(model)
