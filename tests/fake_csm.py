@@ -107,6 +107,14 @@ class FakeCsmModel:
         assert codes.dtype == np.int64
         return FakeEmbeddings([_frame(row) for row in codes])
 
+    def join(self, parts: Sequence[Embeddings]) -> FakeEmbeddings:
+        self._called("join")
+        items: list[str] = []
+        for part in parts:
+            assert isinstance(part, FakeEmbeddings)
+            items += part.items
+        return FakeEmbeddings(items)
+
     def prefill(self, slot: int, position: int, embeddings: Embeddings) -> None:
         assert isinstance(embeddings, FakeEmbeddings)
         self._called("prefill", ((slot, len(embeddings)),))

@@ -78,6 +78,11 @@ class Outlet:
             self._changed.notify()
             self._wake()
 
+    @property
+    def ready(self) -> bool:
+        """Nothing of what was asked for is to come."""
+        return not self._asked
+
     # --- the engine; holds the lock ---
 
     @property

@@ -26,8 +26,8 @@ class Drawing:
     slot: int
     undelivered: int
     """Frames that its consumer has not taken."""
-    last_tick: int
-    """The number of the tick in which it drew last; lower waits longer."""
+    drew_at: int
+    """When it drew last, in frames drawn by all; lower waits longer."""
 
 
 def low_water(credit: int) -> int:
@@ -62,5 +62,5 @@ def choose_rows(drawing: Sequence[Drawing], credit: int, most: int) -> list[int]
     if all(one.undelivered > low_water(credit) for one in drawing):
         return []
     room = [one for one in drawing if one.undelivered < credit]
-    room.sort(key=lambda one: (one.undelivered > low_water(credit), one.last_tick))
+    room.sort(key=lambda one: (one.undelivered > low_water(credit), one.drew_at))
     return [one.slot for one in room[:most]]

@@ -37,7 +37,8 @@ class Speaker:
         self.turn = 0
         self.began = 0
         """When the text was begun that it reads, in the order of all; the first is read first."""
-        self.last_tick = 0
+        self.drew_at = 0
+        """Its last frame's number among those of all slots."""
         self.frames_left = 0
         """So many may be drawn before the segment is cut."""
         self._voice = voice
@@ -46,7 +47,8 @@ class Speaker:
         self._context = context
         self._assigned = False
         self._texts: deque[str] = deque()
-        self._parts: deque[Embeddings] = deque()
+        self._input: Embeddings | None = None
+        """Before the first tick: what is left to read."""
         self._position = 0
 
     @property
@@ -61,8 +63,8 @@ class Speaker:
 
     @property
     def left(self) -> int:
-        """Positions to read; the last one is the input of the first tick."""
-        return sum(map(len, self._parts)) - 1
+        """Positions to read; the one after them is the input of the first tick."""
+        return len(self._input) - 1 if self._input is not None else 0
 
     @property
     def over(self) -> bool:
@@ -82,7 +84,7 @@ class Speaker:
         if self.state is not State.IDLE:
             self._context.cut()
         self.state = State.IDLE
-        self._parts.clear()
+        self._input = None
         self._texts = deque(texts)
         self.turn = turn
 
@@ -94,7 +96,8 @@ class Speaker:
         opening = self._context.begin(embeddings, pace.most(text))
         if opening.frames < 1:
             raise Internal("the voice prompt leaves no room to speak in")
-        self._parts.extend(_embedded(part, model) for part in opening.parts)
+        parts = [_embedded(part, model) for part in opening.parts]
+        self._input = model.join(parts) if len(parts) > 1 else parts[0]
         self._position, self.frames_left = opening.position, opening.frames
         self.began = order
         self.state = State.READING
@@ -102,16 +105,19 @@ class Speaker:
 
     def read(self, model: CsmModel, positions: int) -> None:
         """Read so many positions of those left; after the last it may draw."""
-        while positions:
-            part = self._parts.popleft()
-            size = min(positions, len(part), model.max_prefill)
-            if size < len(part):
-                self._parts.appendleft(part[size : len(part)])
-            model.prefill(self.slot, self._position, part[0:size])
+        rest = self._input
+        if rest is None:
+            return
+        end = self._position + positions
+        while self._position < end:
+            size = min(end - self._position, model.max_prefill)
+            model.prefill(self.slot, self._position, rest[0:size])
+            rest = rest[size : len(rest)]
             self._position += size
-            positions -= size
-        if not self.left:
-            model.set_input(self.slot, self._parts.popleft())
+        self._input = rest
+        if len(rest) == 1:
+            model.set_input(self.slot, rest)
+            self._input = None
             self.state = State.DRAWING
 
     def row(self) -> Row:
@@ -125,9 +131,9 @@ class Speaker:
             adapter=voice.adapter,
         )
 
-    def drew(self, codes: Codes, tick: int) -> bool:
+    def drew(self, codes: Codes, at: int) -> bool:
         """[1, codebooks] of sound. True: it was the last that this segment may have."""
-        self._count(tick)
+        self._count(at)
         self._context.drew(codes)
         self.frames_left -= 1
         if self.frames_left:
@@ -136,14 +142,14 @@ class Speaker:
         self.state = State.IDLE
         return True
 
-    def ended(self, tick: int) -> None:
-        self._count(tick)
+    def ended(self, at: int) -> None:
+        self._count(at)
         self._context.ended()
         self.state = State.IDLE
 
-    def _count(self, tick: int) -> None:
+    def _count(self, at: int) -> None:
         self._drawn += 1
-        self.last_tick = tick
+        self.drew_at = at
 
     def _next_piece(self, model: CsmModel, pace: Pace) -> tuple[str, Embeddings | None]:
         """A piece that the positions can hold; what cannot be held is halved."""

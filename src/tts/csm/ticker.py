@@ -136,7 +136,7 @@ class Ticker:
         speakers = self._present(State.DRAWING)
         by_slot = {speaker.slot: speaker for speaker in speakers}
         drawing = [
-            Drawing(speaker.slot, speaker.outlet.undelivered, speaker.last_tick)
+            Drawing(speaker.slot, speaker.outlet.undelivered, speaker.drew_at)
             for speaker in speakers
         ]
         slots = choose_rows(drawing, self._credit, self._most_rows)
@@ -179,12 +179,12 @@ class Ticker:
         codes, pcm = result.codes.copy(), list(map(np.copy, result.pcm))
         with self._lock:
             self._counters.ticks += 1
-            self._counters.frames += len(speakers)
             for row, speaker in enumerate(speakers):
+                self._counters.frames += 1
                 if not result.healthy[row]:
                     self._lost(speaker, Internal("the model's output is not a number"))
                 elif result.ended[row]:
-                    speaker.ended(self._counters.ticks)
+                    speaker.ended(self._counters.frames)
                 else:
                     self._sound(speaker, codes[row : row + 1].copy(), pcm[row])
                 if speaker.over:
@@ -192,7 +192,7 @@ class Ticker:
 
     def _sound(self, speaker: Speaker, codes: Codes, pcm: Float32) -> None:
         speaker.outlet.put(speaker.turn, pcm)
-        if speaker.drew(codes, self._counters.ticks):
+        if speaker.drew(codes, self._counters.frames):
             self._counters.cut += 1
             log.warning(
                 "a segment was cut: the model found no end",
