@@ -39,7 +39,8 @@ class Embeddings(Protocol):
 class Prefix(Protocol):
     """The keys and values of a slot's first `positions` positions, kept for other slots."""
 
-    positions: int
+    @property
+    def positions(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
