@@ -1,6 +1,6 @@
 """`just bench-livekit`: rooms as their users hear them, beside a stock AgentSession.
 
-    just bench-livekit                  all, 11 minutes; rewrites docs/benchmarks.md's LiveKit block
+    just bench-livekit                  all, 13 minutes; rewrites docs/benchmarks.md's LiveKit block
     just bench-livekit --quick          three minutes; the page is left alone
     just bench-livekit trials page      some of: trials page greetings scale
     just bench-livekit scale --rooms 1 20
@@ -79,11 +79,9 @@ class Run:
 
     async def page(self, tick: Tick) -> Finish:
         measured = {name: page.PageMeasured() for name in page.TRANSPORTS}
-        async with page.browser(self._lab) as browser:
-            for transports in trials.order(list(measured), self._size.rounds):
-                for name in transports:
-                    per_block = self._size.per_block
-                    await page.block(self._lab, browser, name, per_block, measured[name], tick)
+        for transports in trials.order(list(measured), self._size.rounds):
+            for name in transports:
+                await page.block(self._lab, name, self._size.per_block, measured[name], tick)
         return lambda: results.page(measured)
 
     async def greetings(self, tick: Tick) -> Finish:

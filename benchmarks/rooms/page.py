@@ -1,34 +1,38 @@
 """The same interruption in the real page: Chromium, headless, both transports.
 
-The page times it itself (src/client/web/audio/barge-in-clock.js): from the first 5 ms over
--35 dBFS in what it sends to the last sample over -46 dBFS in what it plays, both on the clock of
-its AudioContext. A real loudspeaker adds its output latency.
+Its microphone is a WAV file with an interruption in every SLOT_S, and the question is typed so that
+the agent is in mid-line by then. The page times it itself (src/client/web/audio/barge-in-clock.js):
+from the first 5 ms over -35 dBFS in what it sends to the last sample over -46 dBFS in what it
+plays, both on the clock of its AudioContext. A real loudspeaker adds its output latency.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from playwright.async_api import Browser
 
 from benchmarks.rooms.lab import RoomLab
 from benchmarks.rooms.speech import QUESTION, after_silence
-from benchmarks.rooms.trials import PAUSE_S, STARTED_MS
+from benchmarks.rooms.trials import STARTED_MS
 from src.audio.pcm import Float32
-from tests.audio_fixtures import RATE, silence
+from tests.audio_fixtures import RATE, at_level, pink, silence
 from tests.integration.browser import CHROMIUM, chromium
 from tests.integration.page import TalkingPage, talking_page
 
 TRANSPORTS = ("livekit", "ws")
 SILENT_DBFS = -60
-QUIET_S = 0.2
+SLOT_S = 6.0
+"""An interruption, the answer to it, and half of a line."""
+SPARE_SLOTS = 3
+"""Pass while a page starts, or its last answer still ends."""
+ROOM_DBFS = -65.0
 
 
 @dataclass
@@ -42,32 +46,23 @@ def missing() -> str:
     return "" if CHROMIUM else "no Chromium on this machine (CHROMIUM names one)"
 
 
-@asynccontextmanager
-async def browser(lab: RoomLab) -> AsyncIterator[Browser]:
-    """With a microphone into which nobody talks: words are put into the page's way up."""
-    quiet = Path(lab.bench.logs / "livekit" / "silence.wav")
-    soundfile.write(quiet, silence(1000), RATE, subtype="PCM_16")
-    async with chromium(quiet) as one:
-        yield one
-
-
 async def block(
-    lab: RoomLab,
-    browser: Browser,
-    transport: str,
-    trials: int,
-    measured: PageMeasured,
-    tick: Callable[[], None],
+    lab: RoomLab, transport: str, trials: int, measured: PageMeasured, tick: Callable[[], None]
 ) -> None:
     """A page of its own, and a few interruptions in it."""
     clip = np.load(lab.bench.out / "clips" / "rooms.npz")["interruption"]
+    microphone = Path(lab.bench.logs / "livekit" / "interruptions.wav")
+    soundfile.write(microphone, interruptions(clip, trials + SPARE_SLOTS), RATE, subtype="PCM_16")
     left = trials
     try:
-        async with talking_page(browser, lab.base_url, transport) as page:
+        async with (
+            chromium(microphone) as browser,
+            talking_page(browser, lab.base_url, transport) as page,
+        ):
             await page.live()
             while left:
                 left -= 1
-                measured.silence.append(await interrupt(page, clip))
+                measured.silence.append(await interrupt(page))
                 tick()
     except AssertionError as error:  # so does the page say that it waited in vain
         lab.bench.report(f"page, {transport}: lost a trial: {error}")
@@ -76,13 +71,27 @@ async def block(
             tick()
 
 
-async def interrupt(page: TalkingPage, clip: Float32) -> float:
+def interruptions(clip: Float32, slots: int) -> Float32:
+    """One at the end of every SLOT_S, in a room's noise."""
+    out = silence(round(SLOT_S * 1000) * slots + 2000)
+    for slot in range(1, slots + 1):
+        said = after_silence(clip, random.uniform(0, 20))
+        start = round(slot * SLOT_S * RATE)
+        out[start : start + said.size] += said
+    noise = pink(out.size * 1000 // RATE, np.random.default_rng())
+    out += at_level(noise, ROOM_DBFS)
+    return out
+
+
+async def interrupt(page: TalkingPage) -> float:
     """Milliseconds. Raises AssertionError when something does not come."""
     heard, answers = len(await page.told("silence")), await _answers(page)
+    said_s = float(await page.run("(performance.now() - streams[0].since) / 1000"))
+    under_way_s = random.uniform(*STARTED_MS) / 1000
+    slot = math.ceil((said_s + under_way_s) / SLOT_S)
+    await asyncio.sleep(slot * SLOT_S - under_way_s - said_s)
     await page.say(QUESTION, speak=False)
     await page.event("audio.begin", more_than=answers)
-    await asyncio.sleep(random.uniform(*STARTED_MS) / 1000)
-    await page.talk(after_silence(clip, random.uniform(0, 20)))
     told = await page.until_told("silence", more_than=heard)
     await _until_silent(page)
     return float(told["onset_to_silence_ms"])
@@ -99,4 +108,3 @@ async def _until_silent(page: TalkingPage) -> None:
         f"{{type: 'heard'}}).at(-1).completed && level().agent < {SILENT_DBFS}",
         "the end of the answer",
     )
-    await asyncio.sleep(QUIET_S + random.uniform(*PAUSE_S))

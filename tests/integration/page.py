@@ -40,7 +40,7 @@ window.streams = [];
 const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
 navigator.mediaDevices.getUserMedia = async (wanted) => {
   const stream = await ask(wanted);
-  streams.push(stream);
+  streams.push(Object.assign(stream, { since: performance.now() }));
   return stream;
 };
 const wav = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
