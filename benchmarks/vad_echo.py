@@ -115,12 +115,16 @@ def interruption_table() -> Iterable[str]:
     yield "Fixed, 5 s after the agent began / default after 1.3 s / after 5 s. No echo comes back."
 
 
+def _columns() -> str:
+    return " | ".join(f"{db:.0f} dB" for db in RETURNS_DB) + " |"
+
+
 def _median(values: list[float]) -> str:
     return f"{np.median(values):.0f}"
 
 
 def echo_table() -> Iterable[str]:
-    yield "| false edges per minute, echo at | " + " | ".join(f"{db:.0f} dB" for db in RETURNS_DB)
+    yield "| false edges per minute, echo at | " + _columns()
     yield "|---" * (1 + len(RETURNS_DB)) + "|"
     for (name, settings), voice in product(GATES.items(), voices()):
         playback = agent(-20.0, voice)
@@ -135,7 +139,7 @@ def echo_table() -> Iterable[str]:
 
 def sudden_echo_table() -> Iterable[str]:
     """Headphones for a story, then a loudspeaker for two."""
-    yield "| an echo from one moment on, at | " + " | ".join(f"{db:.0f} dB" for db in RETURNS_DB)
+    yield "| an echo from one moment on, at | " + _columns()
     yield "|---" * (1 + len(RETURNS_DB)) + "|"
     for (name, settings), voice in product(GATES.items(), voices()):
         story = agent(-20.0, voice)
