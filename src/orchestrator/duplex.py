@@ -19,7 +19,7 @@ from enum import Enum
 from pydantic import Field
 
 from src.common.config import StrictModel
-from src.orchestrator.phrases import BACK_CHANNELS, INTERRUPTIONS, joined, same_words
+from src.orchestrator.phrases import BACK_CHANNELS, INTERRUPTIONS, UNFINISHED, joined, same_words
 from src.orchestrator.vad import VadPhase
 from src.rpc.ws_events import StateName
 
@@ -42,6 +42,9 @@ class DuplexSettings(StrictModel):
     )
     interruptions: tuple[str, ...] = Field(
         INTERRUPTIONS, description="words that take the turn however short they are"
+    )
+    unfinished: tuple[str, ...] = Field(
+        UNFINISHED, description="words after which more must come, whatever mark they end with"
     )
     speculative_llm: bool = Field(
         True, description="answer the words known at the first silence; dropped if they change"

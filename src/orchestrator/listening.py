@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from src.audio.pcm import Int16
@@ -14,7 +14,7 @@ from src.common.tasks import TaskGroup
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.asr_turn import Partial, TurnRecognizer
 from src.orchestrator.judge import Evidence, Opinion
-from src.orchestrator.phrases import joined
+from src.orchestrator.phrases import is_sentence, joined
 from src.orchestrator.ports import MIC_STEP_MS, Recognizer, Transcript
 from src.orchestrator.vad import VadEvent, VadPhase, VoiceActivityDetector
 from src.orchestrator.waterfall import Waterfall, trailing_silence_ms
@@ -47,7 +47,10 @@ class Suspicion:
 
 
 class Listener:
-    """Owns the turn recogniser. `on_words(text, final)` and `on_partial` are called on the loop."""
+    """Owns the turn recogniser. `on_words(text, final)` and `on_partial` are called on the loop.
+
+    `unfinished`: what a whole sentence does not end with.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Listener:
         settings: AsrSettings,
         vad: VoiceActivityDetector,
         clock: Clock,
+        unfinished: Iterable[str],
         on_partial: Callable[[Partial], None],
         on_words: Callable[[str, bool], None],
         on_error: Callable[[DuplexError], None],
@@ -72,6 +76,7 @@ class Listener:
         )
         self._vad = vad
         self._clock = clock
+        self._unfinished = tuple(unfinished)
         self._on_partial = on_partial
         self._on_words = on_words
         self._on_error = on_error
@@ -171,7 +176,10 @@ class Listener:
         stale = guess is not self._turn.speculative()
         if stale or guess.cancelled() or guess.exception() is not None:
             return
-        self._hear_words(guess.result().text, final=False)
+        text = guess.result().text
+        if is_sentence(text, self._unfinished):
+            self._vad.whole_sentence()
+        self._hear_words(text, final=False)
 
     def _hear_final(self, task: asyncio.Task[str]) -> None:
         if task is self._final and not task.cancelled() and task.exception() is None:

@@ -1,7 +1,9 @@
-"""Words as far as taking turns needs them: which phrases say 'go on', which say 'stop'. Pure."""
+"""Words as far as taking turns needs them: which phrases say 'go on', which say 'stop', and
+whether a sentence is whole. Pure."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -14,6 +16,19 @@ INTERRUPTIONS = (
     "be quiet", "cancel", "enough", "excuse me", "hang on", "hold on", "hush", "never mind", "no",
     "nope", "one moment", "pause", "quiet", "shut up", "shush", "stop", "wait",
 )  # fmt: skip
+UNFINISHED = (
+    "a", "about", "after", "also", "although", "an", "and", "are", "as", "at", "because", "before",
+    "but", "by", "can", "could", "er", "for", "from", "had", "has", "have", "hm", "hmm", "how",
+    "i", "if", "in", "into", "is", "just", "like", "maybe", "mm", "mmm", "my", "of", "on", "or",
+    "our", "probably", "really", "should", "since", "so", "some", "than", "that's", "the", "their",
+    "then", "to", "uh", "um", "until", "very", "was", "we", "well", "were", "what", "when",
+    "where", "whether", "which", "while", "who", "why", "will", "with", "without", "would",
+    "you know", "your",
+)  # fmt: skip
+
+_SENTENCE_END = re.compile(r"(?<!\.)[.!?][\"'”’)\]»]*\Z")
+# Of one or two words nobody knows whether more is to come.
+_SENTENCE_WORDS = 3
 
 
 def joined(*parts: str) -> str:
@@ -52,6 +67,15 @@ def has_phrase(words: list[str], phrases: Iterable[str]) -> bool:
         for start in range(len(words))
         for phrase in known
     )
+
+
+def is_sentence(text: str, unfinished: Iterable[str]) -> bool:
+    """Whether nothing needs to follow: at least three words and a mark that ends a sentence, which
+    recognisers also put behind a first half; so the last words must not be `unfinished` ones."""
+    words = tokens(text)
+    if len(words) < _SENTENCE_WORDS or not _SENTENCE_END.search(text.rstrip()):
+        return False
+    return not any(tuple(words[-len(phrase) :]) == phrase for phrase in _split(tuple(unfinished)))
 
 
 @lru_cache(maxsize=64)

@@ -105,6 +105,7 @@ class DuplexSession:
             settings=asr,
             vad=vad,
             clock=clock,
+            unfinished=settings.unfinished,
             on_partial=self._on_partial,
             on_words=self._on_words,
             on_error=self.report,

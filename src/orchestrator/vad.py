@@ -75,6 +75,9 @@ class VadSettings(StrictModel):
     quiet_ms: int = Field(60, ge=10, description="silence after which recognition is started")
     endpoint_ms: int = Field(220, ge=20, description="silence that ends a turn")
     barge_in_endpoint_ms: int = Field(220, ge=20, description="the same, begun while we spoke")
+    sentence_endpoint_ms: int = Field(
+        140, ge=20, description="the same, when the words so far are a whole sentence"
+    )
     refractory_ms: int = Field(250, ge=0, description="rest after a false alarm; doubles each time")
     refractory_max_ms: int = Field(2000, ge=0)
     playback_gate_db: float = Field(
@@ -192,7 +195,7 @@ class VoiceActivityDetector:
         self._onset_ms = 0
         self._deadline_ms = 0
         self._last_voiced_ms = 0
-        self._endpoint_ms = settings.endpoint_ms
+        self._endpoint_ms = self._enough_ms = settings.endpoint_ms
         self._probability = 0.0
         self._rejections = 0
         self._last_rejection_ms = 0
@@ -231,6 +234,12 @@ class VoiceActivityDetector:
         if self._state in (_State.IDLE, _State.REFRACTORY):
             self._floor.add(level)
         return begun + self._react(level, fresh, edge, playing)
+
+    def whole_sentence(self) -> None:
+        """In a silence that may be the end: what was said needs nothing more, so less of it will
+        do. Forgotten when they go on."""
+        if self._state is _State.TRAILING:
+            self._enough_ms = min(self._enough_ms, self._settings.sentence_endpoint_ms)
 
     # --- first stage ---
 
@@ -299,6 +308,7 @@ class VoiceActivityDetector:
             self._last_voiced_ms = self._now_ms
         elif self._silent_ms() >= self._settings.quiet_ms:
             self._state = _State.TRAILING
+            self._enough_ms = self._endpoint_ms
             self._resumed.clear()
             return [self._event(VadPhase.QUIET)]
         return []
@@ -308,7 +318,7 @@ class VoiceActivityDetector:
             self._state = _State.SPEAKING
             self._last_voiced_ms = self._now_ms
             return [self._event(VadPhase.VOICED_AGAIN)]
-        if self._silent_ms() >= self._endpoint_ms:
+        if self._silent_ms() >= self._enough_ms:
             self._gate.settle(self._silent_ms())
             self._rest()
             return [self._event(VadPhase.ENDED)]

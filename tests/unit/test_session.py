@@ -239,6 +239,22 @@ def test_without_speculation_everything_happens_after_the_endpoint() -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize(
+    ("said", "endpoint_ms"),
+    [("what is this?", 140), ("this is where.", 220), ("this is it...", 220), ("so what?", 220)],
+)
+def test_a_whole_sentence_ends_a_turn_sooner(said: str, endpoint_ms: int) -> None:
+    async def scenario() -> None:
+        async with Conversation() as talk:
+            await talk.ask(said)
+            await talk.speaking()
+            [latency] = talk.observer.turns
+            assert latency.endpoint_ms == endpoint_ms
+            assert talk.finals() == [said]
+
+    play(scenario)
+
+
 def test_a_draft_is_thrown_away_when_the_user_goes_on() -> None:
     async def scenario() -> None:
         async with Conversation() as talk:

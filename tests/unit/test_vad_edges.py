@@ -208,6 +208,34 @@ def test_loud_noise_after_speech_ends_it_by_the_second_opinion() -> None:
     assert phases(bench.run(SPEECH_DB, 280, 0.1))[:2] == [QUIET, ENDED]
 
 
+def test_a_whole_sentence_needs_less_silence_to_end() -> None:
+    bench = Bench(endpoint_ms=220, sentence_endpoint_ms=140)
+    bench.speak()
+    bench.run(FLOOR_DB, 100, 0.1)
+    bench.vad.whole_sentence()
+    [ended] = bench.run(FLOOR_DB, 300, 0.1)
+    assert (ended.phase, ended.at_ms) == (ENDED, 400 + 140)
+
+
+def test_a_sentence_that_is_known_late_ends_at_the_next_step() -> None:
+    bench = Bench(endpoint_ms=220, sentence_endpoint_ms=140)
+    bench.speak()
+    bench.run(FLOOR_DB, 190, 0.1)
+    bench.vad.whole_sentence()
+    assert phases(bench.run(FLOOR_DB, 10, 0.1)) == [ENDED]
+
+
+def test_a_sentence_that_goes_on_was_not_whole() -> None:
+    bench = Bench(endpoint_ms=220, sentence_endpoint_ms=140)
+    bench.speak()
+    bench.vad.whole_sentence()  # nobody has paused yet
+    bench.run(FLOOR_DB, 100, 0.1)
+    bench.vad.whole_sentence()
+    bench.run(SPEECH_DB, 100, 0.9)
+    _, ended = bench.run(FLOOR_DB, 400, 0.1)
+    assert ended.at_ms == 600 + 220
+
+
 def test_the_end_of_a_barge_in_has_its_own_patience() -> None:
     bench = Bench(endpoint_ms=300, barge_in_endpoint_ms=150)
     bench.run(SPEECH_DB, 100, 0.9, playing=True)
