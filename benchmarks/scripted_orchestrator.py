@@ -29,7 +29,7 @@ from src.orchestrator.routing import RoutingPolicy
 from src.orchestrator.server import CannotStart, Orchestrator
 
 LAG_EVERY_MS = 10
-WORDS = "tell me something about it"
+WORDS = "Tell me something about it."
 
 Samples = dict[str, list[tuple[float, float]]]
 """By name: (taken at ms, value in ms)."""
