@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from src.tts.csm.layers import Layer, Norm, attend, attend_all, rotations
 from src.tts.csm.sampler import Sampler
 from src.tts.csm.slot_cache import KvPrefix, SlotCache
 
@@ -84,6 +85,25 @@ class StepOut:
     healthy: Any  # bool[B]: False where logits were not numbers
 
 
+@dataclass(frozen=True, slots=True)
+class FramePlace:
+    """Views of one depth layer's keys and values, for one place of the frame."""
+
+    key: Any  # [B, kv_heads, D], where the place's own goes
+    value: Any
+    keys: Any  # [B, kv_heads, place + 1, D], what it sees
+    values: Any
+
+    @classmethod
+    def all_of(cls, cache: Any) -> list[FramePlace]:
+        """`cache` [2, B, kv_heads, places, D]"""
+        keys, values = cache
+        return [
+            cls(keys[:, :, i], values[:, :, i], keys[:, :, : i + 1], values[:, :, : i + 1])
+            for i in range(keys.shape[2])
+        ]
+
+
 class FrameLoop:
     """One model's slots. Not thread-safe: all calls come from the engine's thread.
 
@@ -100,21 +120,28 @@ class FrameLoop:
         config = model.config
         self._backbone = model.backbone_model
         self._depth = model.depth_decoder.model
+        self._layers = [Layer(layer) for layer in self._backbone.layers]
+        self._depth_layers = [Layer(layer) for layer in self._depth.layers]
+        self._norm, self._depth_norm = Norm(self._backbone.norm), Norm(self._depth.norm)
         self._end_code = int(config.codebook_eos_token_id)
         self._offsets = torch.arange(weights.codebooks, device=device) * weights.vocab
         self._arange = torch.arange(positions, device=device)
-        self._rope = _rope(self._backbone.rotary_emb, positions, device, dtype)
-        self._depth_rope = _rope(self._depth.rotary_emb, weights.codebooks, device, dtype)
+        self._turns = rotations(self._backbone.rotary_emb, positions, device, dtype)
+        depth_turns = rotations(self._depth.rotary_emb, weights.codebooks, device, dtype)
+        self._depth_turns = depth_turns.unbind()
+        self._frame_caches: dict[int, list[list[FramePlace]]] = {}
         self._cache = SlotCache(config, slots, positions, device, dtype)
         self._sampler = Sampler(weights.codebooks, weights.codec_vocab, device)
         self.inputs = torch.zeros(slots + 1, weights.hidden, device=device, dtype=dtype)
         # Ids that the codec does not have are never drawn: their logits are never computed.
         valid = weights.codec_vocab
         with torch.no_grad():
-            self._head = model.lm_head.weight[:valid]
+            self._head = model.lm_head.weight[:valid].t()
             # Rows of 2051 columns are not aligned for the fast kernels; so, a copy.
             heads = model.depth_decoder.codebooks_head.weight[:, :, :valid]
-            self._heads = heads.transpose(1, 2).contiguous()
+            self._heads = heads.transpose(1, 2).contiguous().transpose(1, 2).unbind()
+            self._depth_in = self._depth.inputs_embeds_projector.weight.t()
+            self._code_tables = self._depth.embed_tokens.weight.split(weights.vocab)
 
     @property
     def slot_bytes(self) -> int:
@@ -145,7 +172,7 @@ class FrameLoop:
         with torch.no_grad():
             if self.bank is not None:
                 self.bank.select(torch.tensor([adapter], device=self.weights.device))
-            self._prefill(slot, position, embeddings.to(self.inputs.dtype)[None])
+            self._prefill(slot, position, embeddings.to(self.inputs.dtype))
 
     def save_prefix(self, slot: int, n: int) -> KvPrefix:
         """A copy of the slot's first `n` positions."""
@@ -176,68 +203,71 @@ class FrameLoop:
             ended = (codes[:, :-1] == self._end_code).all(-1) & healthy
             return StepOut(codes, ended, healthy)
 
+    @property
+    def _adapted(self) -> bool:
+        return self.bank is not None and self.bank.active
+
     def _backbone_step(self, batch: StepBatch, length: int) -> Any:
         """[B, hidden]: what the frame is drawn from."""
-        x = self.inputs[batch.slots][:, None]
-        cos, sin = (table[batch.positions][:, None] for table in self._rope)
-        seen = self._arange[:length] <= batch.positions[:, None]
-        mask = seen[:, None, None]
-        for index, layer in enumerate(self._backbone.layers):
-            q, k, v = _project(layer, x, cos, sin)
-            self._cache.write(index, batch.slots, batch.positions, k[:, :, 0], v[:, :, 0])
+        adapted = self._adapted
+        x = self.inputs[batch.slots]
+        turns = self._turns[batch.positions]
+        mask = (self._arange[:length] <= batch.positions[:, None])[:, None, None]
+        for index, layer in enumerate(self._layers):
+            q, k, v = layer.project(x, turns, adapted)
+            self._cache.write(index, batch.slots, batch.positions, k, v)
             keys, values = self._cache.read(index, batch.slots, length)
-            x = _finish(layer, x, _attend(q, keys, values, mask))
-        return self._backbone.norm(x)[:, 0]
+            x = layer.finish(x, attend(q, keys, values, mask), adapted)
+        return self._norm(x)
 
     def _prefill(self, slot: int, position: int, x: Any) -> None:
-        end = position + x.shape[1]
-        cos, sin = (table[position:end][None] for table in self._rope)
+        adapted = self._adapted
+        end = position + x.shape[0]
+        turns = self._turns[position:end]
         mask = self._arange[:end] <= self._arange[position:end, None]
-        last = len(self._backbone.layers) - 1
-        for index, layer in enumerate(self._backbone.layers):
-            q, k, v = _project(layer, x, cos, sin)
-            keys, values = self._cache.extend(index, slot, position, k[0], v[0])
-            if index < last:  # nobody reads what the last layer makes of it
-                x = _finish(layer, x, _attend(q, keys, values, mask[None, None]))
+        for index, layer in enumerate(self._layers):
+            q, k, v = layer.project(x, turns, adapted)
+            keys, values = self._cache.extend(
+                index, slot, position, k.transpose(0, 1), v.transpose(0, 1)
+            )
+            if layer is not self._layers[-1]:  # nobody reads what the last makes of it
+                x = layer.finish(x, attend_all(q, keys[0], values[0], mask), adapted)
 
     def _depth_pass(self, hidden: Any, batch: StepBatch) -> tuple[Any, Any]:
         """[B, hidden] to a frame's codes [B, codebooks], and whether all logits were numbers."""
         draw = self._sampler.plan(batch.seeds, batch.frames, batch.temperature, batch.top_k)
-        table, project = self._depth.embed_tokens.weight, self._depth.inputs_embeds_projector
-        caches = [self._frame_cache(hidden.shape[0]) for _ in self._depth.layers]
-        code, healthy = draw(F.linear(hidden, self._head), 0)
-        codes = [code]
-        x = torch.stack((hidden, F.embedding(code, table)), 1)
-        start = 0
+        places = self._frame_cache(hidden.shape[0])
+        self._depth_step(hidden, 0, places)
+        codes = [draw(torch.mm(hidden, self._head), 0)]
         for codebook in range(1, self.weights.codebooks):
-            x = self._depth_step(project(x), caches, start)
-            code, sound = draw(F.linear(x, self._heads[codebook - 1]), codebook)
-            codes.append(code)
-            healthy = healthy & sound
-            start = codebook + 1
-            x = F.embedding(code + codebook * self.weights.vocab, table)[:, None]
-        return torch.stack(codes, 1), healthy
+            x = F.embedding(codes[-1], self._code_tables[codebook - 1])
+            x = self._depth_norm(self._depth_step(x, codebook, places))
+            codes.append(draw(torch.mm(x, self._heads[codebook - 1]), codebook))
+        return torch.stack(codes, 1), draw.healthy()
 
-    def _depth_step(self, x: Any, caches: Sequence[tuple[Any, Any]], start: int) -> Any:
-        """[B, n, depth hidden] at the places from `start` on; the last one's output, [B, hidden].
+    def _depth_step(self, x: Any, place: int, places: list[list[FramePlace]]) -> Any:
+        """[B, hidden] at a place of the frame: the backbone's output at 0, then a code at each;
+        [B, depth hidden]."""
+        adapted = self._adapted
+        x = torch.mm(x, self._depth_in)
+        for layer, cache in zip(self._depth_layers, places, strict=True):
+            q, k, v = layer.project(x, self._depth_turns[place], adapted)
+            at = cache[place]
+            at.key.copy_(k)
+            at.value.copy_(v)
+            x = layer.finish(x, attend(q, at.keys, at.values, None), adapted)
+        return x
 
-        n is 2 for the first, which takes the backbone's output and codebook 0, then 1.
-        """
-        end = start + x.shape[1]
-        cos, sin = (table[start:end][None] for table in self._depth_rope)
-        mask = None if end - start == 1 else self._arange[:end] <= self._arange[start:end, None]
-        for layer, (keys, values) in zip(self._depth.layers, caches, strict=True):
-            q, k, v = _project(layer, x, cos, sin)
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
-            x = _finish(layer, x, _attend(q, keys[:, :, :end], values[:, :, :end], mask))
-        return self._depth.norm(x[:, -1])
-
-    def _frame_cache(self, rows: int) -> tuple[Any, Any]:
-        config = self._depth.config
-        shape = (rows, config.num_key_value_heads, self.weights.codebooks, config.head_dim)
-        like = self.inputs
-        return like.new_empty(shape), like.new_empty(shape)
+    def _frame_cache(self, rows: int) -> list[list[FramePlace]]:
+        """Of each layer, of each place. Kept: a step has no time to make so many views, and a
+        recorded one finds its memory again."""
+        if rows not in self._frame_caches:
+            config = self._depth.config
+            shape = (2, rows, config.num_key_value_heads, self.weights.codebooks, config.head_dim)
+            self._frame_caches[rows] = [
+                FramePlace.all_of(self.inputs.new_zeros(shape)) for _ in self._depth_layers
+            ]
+        return self._frame_caches[rows]
 
     def _embed(self, codes: Any) -> Any:
         table = self._backbone.embed_tokens.embed_audio_tokens.weight
@@ -248,47 +278,3 @@ class FrameLoop:
             raise ValueError(f"there is no slot {slot} of {self.slots}")
         if position < 0 or position + n > self.positions:
             raise ValueError(f"positions {position} to {position + n} of {self.positions}")
-
-
-def _rope(rotary: Any, positions: int, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """cos and sin, [positions, head_dim] each, from frequencies in float32: a module that was cast
-    has lost its own."""
-    fresh = type(rotary)(rotary.config)
-    places = torch.arange(positions)[None]
-    cos, sin = fresh(torch.zeros(1), places)
-    return cos[0].to(device, dtype), sin[0].to(device, dtype)
-
-
-def _project(layer: Any, x: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
-    """Queries [B, heads, n, D], keys and values [B, kv_heads, n, D] of [B, n, hidden]."""
-    attention = layer.self_attn
-    y = layer.input_layernorm(x)
-    shape = (*y.shape[:-1], -1, attention.head_dim)
-    q = attention.q_proj(y).view(shape).transpose(1, 2)
-    k = attention.k_proj(y).view(shape).transpose(1, 2)
-    v = attention.v_proj(y).view(shape).transpose(1, 2)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-
-def _rotate(x: Any, cos: Any, sin: Any) -> Any:
-    """Rotary position embedding; cos, sin [B or 1, n, D]."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-
-def _attend(q: Any, keys: Any, values: Any, mask: Any) -> Any:
-    """[B, n, heads x D]. The query heads that share a key head become queries of that head: no copy
-    of the keys for each of them, and no kernel that must know of groups."""
-    rows, heads, n, width = q.shape
-    groups = heads // keys.shape[1]
-    q = q.reshape(rows, keys.shape[1], groups * n, width)
-    if mask is not None and n > 1:
-        mask = mask.repeat(*[1] * (mask.ndim - 2), groups, 1)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    return out.reshape(rows, heads, n, width).transpose(1, 2).reshape(rows, n, heads * width)
-
-
-def _finish(layer: Any, x: Any, attended: Any) -> Any:
-    """The layer's output from its input and what its attention saw."""
-    x = x + layer.self_attn.o_proj(attended)
-    return x + layer.mlp(layer.post_attention_layernorm(x))

@@ -53,24 +53,33 @@ class Draw:
         self._window = window
         self._kth = kth
         self._sharpness = sharpness
+        self._largest: list[Any] = []
 
-    def __call__(self, logits: Any, codebook: int) -> tuple[Any, Any]:
-        """[B, vocab] to ids int64[B] and whether the logits were numbers, bool[B].
+    def __call__(self, logits: Any, codebook: int) -> Any:
+        """[B, vocab] to ids, int64[B].
 
-        Where they were not the id is of no meaning, but still one of the vocabulary.
+        Where logits are not numbers the id is of no meaning, but still one of the vocabulary.
         """
         values, ids = torch.topk(logits.float(), self._k, dim=-1)
+        # The largest is NaN or infinite if any is: NaN sorts first.
+        self._largest.append(values[:, 0])
         kept = values >= values.gather(1, self._kth)
         noise = self._noise[self._window[:, codebook, None] + ids]
         scores = torch.where(kept, values * self._sharpness + noise, float("-inf"))
-        place = scores.argmax(-1, keepdim=True)
-        # The largest is NaN or infinite if any is: NaN sorts first.
-        return ids.gather(1, place)[:, 0], values[:, 0].isfinite()
+        return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+
+    def healthy(self) -> Any:
+        """bool[B]: the logits of all draws so far were numbers."""
+        return torch.stack(self._largest, 1).isfinite().all(1)
 
 
 def mix(x: Any) -> Any:
-    """int64 to 32 well mixed bits in an int64 (MurmurHash3's finaliser on both halves)."""
-    x = ((x >> 32) ^ x) & _LOW
+    """int64 to 32 well mixed bits in an int64."""
+    return _finalise((_finalise((x >> 32) & _LOW) ^ x) & _LOW)
+
+
+def _finalise(x: Any) -> Any:
+    """MurmurHash3's finaliser of 32 bits; products wrap, and the low half is right all the same."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
     return x ^ (x >> 16)

@@ -46,14 +46,12 @@ class CsmWeights:
     hidden: int
     frame_samples: int
     sample_rate: int
-    begin: int
-    end: int
 
     def text_ids(self, text: str, speaker: int) -> list[int]:
         """A message as the family's chat template writes it. A mark within `text` is read out, not
         obeyed."""
         ids: list[int] = self.tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
-        return [self.begin, *ids, self.end]
+        return [self.tokenizer.token_to_id(BEGIN), *ids, self.tokenizer.token_to_id(END)]
 
 
 def load_weights(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> CsmWeights:
@@ -68,7 +66,7 @@ def load_weights(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> C
     wanted = _dtype(dtype, place)
     with _quiet():
         config = _read_config(folder)
-        tokenizer, begin, end = _read_tokenizer(folder, config)
+        tokenizer = _read_tokenizer(folder, config)
         model = _read_model(folder, config)
     _place(model, place, wanted)
     codec = config.codec_config
@@ -83,8 +81,6 @@ def load_weights(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> C
         hidden=config.hidden_size,
         frame_samples=round(codec.sampling_rate / codec.frame_rate),
         sample_rate=codec.sampling_rate,
-        begin=begin,
-        end=end,
     )
 
 
@@ -176,8 +172,7 @@ def _disagreements(config: Any) -> Iterator[str]:
         yield f"codebook_eos_token_id is {config.codebook_eos_token_id!r}, not one id"
 
 
-def _read_tokenizer(folder: Path, config: Any) -> tuple[Any, int, int]:
-    """The tokenizer, and the ids of the marks around a message."""
+def _read_tokenizer(folder: Path, config: Any) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -187,8 +182,7 @@ def _read_tokenizer(folder: Path, config: Any) -> tuple[Any, int, int]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # it raises Exception itself
         raise CorruptModel(f"{path}: not a tokenizer: {error}") from error
-    begin, end = (tokenizer.token_to_id(mark) for mark in (BEGIN, END))
-    if begin is None or end is None:
+    if tokenizer.token_to_id(BEGIN) is None or tokenizer.token_to_id(END) is None:
         raise CorruptModel(f"{path}: without the marks {BEGIN} and {END}; of another model?")
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > config.text_vocab_size:
@@ -196,7 +190,7 @@ def _read_tokenizer(folder: Path, config: Any) -> tuple[Any, int, int]:
             f"{path}: has {size} tokens, the model {config.text_vocab_size}; of another model?"
         )
     tokenizer.encode_special_tokens = True
-    return tokenizer, begin, end
+    return tokenizer
 
 
 def _read_model(folder: Path, config: Any) -> Any:
