@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.tts.csm.context import (
@@ -191,6 +191,7 @@ def test_fits_is_the_last_position() -> None:
 _segments = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans()), max_size=25)
 
 
+@settings(deadline=None)
 @given(st.integers(MIN_ROOM, 300), st.integers(0, 100), _segments)
 def test_whatever_is_said_the_positions_hold_exactly_that(
     room: int, start: int, segments: list[tuple[int, int, bool]]
@@ -244,6 +245,7 @@ def words_of(texts: Sequence[str]) -> str:
     return "".join("".join(texts).split())
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400), st.integers(MIN_ROOM, 500))
 def test_pieces_are_short_enough_and_lose_nothing(text: str, room: int) -> None:
     pieces = pieces_of(text, room, Pace())

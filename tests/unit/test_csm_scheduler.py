@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.tts.csm.scheduler import Drawing, Reading, choose_rows, low_water, share_reads
@@ -34,6 +34,7 @@ def test_who_needs_no_reading_is_not_kept_waiting() -> None:
     assert share_reads(readings([1500, 0]), 1) == [(0, 1), (1, 0)]
 
 
+@settings(deadline=None)
 @given(_lefts, _budgets)
 def test_reading_is_bounded_and_no_share_is_wasted(lefts: list[int], budget: int) -> None:
     shares = dict(share_reads(readings(lefts), budget))
@@ -42,6 +43,7 @@ def test_reading_is_bounded_and_no_share_is_wasted(lefts: list[int], budget: int
     assert all(positions or not lefts[slot] for slot, positions in shares.items())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), _budgets, st.lists(_lefts, max_size=60))
 def test_no_text_starves_behind_shorter_ones(
     left: int, budget: int, newcomers: list[list[int]]
@@ -78,6 +80,7 @@ def test_the_needy_come_before_those_who_only_join() -> None:
     assert choose_rows(drawings([(2, 0), (0, 7), (1, 5)]), 3, 2) == [2, 1]
 
 
+@settings(deadline=None)
 @given(_drawing, st.integers(1, 9), st.integers(1, 12))
 def test_credit_and_size_of_a_tick_hold(
     states: list[tuple[int, int]], credit: int, most: int
@@ -90,6 +93,7 @@ def test_credit_and_size_of_a_tick_hold(
     assert needy <= set(rows) or set(rows) <= needy
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5))
 def test_no_slot_starves_when_ticks_are_small(slots: int, most: int, credit: int) -> None:
     """All are always in need: everybody draws equally often, within one."""

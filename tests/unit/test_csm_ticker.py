@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.common.clock import ManualClock
-from src.rpc.errors import Internal, Unavailable
+from src.rpc.errors import FailedPrecondition, Internal, Unavailable
 from src.tts.csm.context import Context, Pace
 from src.tts.csm.outlet import Outlet
 from src.tts.csm.ports import Row, Voice
@@ -249,6 +249,37 @@ def test_what_was_dropped_while_it_was_spoken_ends_after_its_last_frame() -> Non
     assert len(consumer.heard[-1]) == 5
 
 
+def test_a_frame_of_a_text_that_was_dropped_is_not_heard_in_the_next() -> None:
+    """The consumer drops one text and asks for another while the tick runs."""
+    model = FakeCsmModel(positions=1000)
+    hand = Hand(model)
+    consumer = hand.open()
+    consumer.outlet.ask(["hello"])
+
+    def drop(rows: Sequence[Row]) -> None:
+        model.before_tick = lambda rows: None
+        consumer.outlet.drop(consumer.outlet.turn)
+        consumer.say("there")
+
+    model.before_tick = drop
+    hand.drain([consumer])
+    assert len(consumer.heard[0]) == 5
+
+
+def test_what_a_consumer_has_not_taken_is_not_taken_for_the_next_text() -> None:
+    hand = Hand(FakeCsmModel())
+    consumer = hand.open()
+    consumer.say("a")
+    hand.steps()
+    assert consumer.outlet.ready
+    with pytest.raises(FailedPrecondition):
+        consumer.outlet.ask(["b"])
+    consumer.take()
+    consumer.say("b")
+    hand.drain([consumer])
+    assert consumer.heard == sounds(consumer)
+
+
 # --- many slots ---
 
 
@@ -434,6 +465,7 @@ class Watch:
             self.consumers[slot] = self.hand.open(slot, seed=slot, prompt=slot)
 
 
+@settings(deadline=None)
 @given(st.lists(_actions, max_size=60), st.integers(1, 4))
 def test_credit_order_and_sound_hold_whatever_consumers_do(
     actions: list[tuple[str, int, object]], credit: int

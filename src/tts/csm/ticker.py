@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.audio.pcm import Float32
 from src.common.clock import Clock
 from src.rpc.errors import DuplexError, Internal
 from src.tts.csm.context import Pace
-from src.tts.csm.ports import Codes, CsmModel, TickResult
+from src.tts.csm.ports import CsmModel, TickResult
 from src.tts.csm.scheduler import Drawing, Reading, choose_rows, share_reads
 from src.tts.csm.speaker import Speaker, State
 
@@ -177,6 +176,7 @@ class Ticker:
     def _deliver(self, speakers: Sequence[Speaker], result: TickResult) -> None:
         # Copies, as the model may give the same buffers again.
         codes, pcm = result.codes.copy(), list(map(np.copy, result.pcm))
+        cut: list[Speaker] = []
         with self._lock:
             self._counters.ticks += 1
             for row, speaker in enumerate(speakers):
@@ -186,14 +186,13 @@ class Ticker:
                 elif result.ended[row]:
                     speaker.ended(self._counters.frames)
                 else:
-                    self._sound(speaker, codes[row : row + 1].copy(), pcm[row])
+                    speaker.outlet.put(speaker.turn, pcm[row])
+                    if speaker.drew(codes[row : row + 1].copy(), self._counters.frames):
+                        cut.append(speaker)
                 if speaker.over:
                     speaker.outlet.finish(speaker.turn)
-
-    def _sound(self, speaker: Speaker, codes: Codes, pcm: Float32) -> None:
-        speaker.outlet.put(speaker.turn, pcm)
-        if speaker.drew(codes, self._counters.frames):
-            self._counters.cut += 1
+            self._counters.cut += len(cut)
+        for speaker in cut:
             log.warning(
                 "a segment was cut: the model found no end",
                 extra={"engine": self._name, "slot": speaker.slot},
