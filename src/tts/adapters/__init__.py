@@ -12,6 +12,9 @@ _MODULES = {
     "piper": "src.tts.adapters.adapter_piper:PiperAdapter",
     "espeak": "src.tts.adapters.adapter_espeak:EspeakAdapter",
     "cosyvoice2": "src.tts.adapters.adapter_cosyvoice2:CosyVoice2Adapter",
+    "sesame": "src.tts.adapters.adapter_sesame:SesameAdapter",
+    "unsloth_sesame": "src.tts.adapters.adapter_unsloth_sesame:UnslothSesameAdapter",
+    "http": "src.tts.adapters.adapter_http_speech:HttpSpeechAdapter",
 }
 FAMILIES = tuple(_MODULES)
 

@@ -19,6 +19,8 @@ from src.tts.tts_base import RANDOM_WEIGHTS, AdapterCapabilities
 
 INSTALL = "uv sync --extra sesame  (PyTorch and transformers; Python 3.11 or newer)"
 MODULES = ("torch", "transformers", "safetensors")
+# So that most pieces of text end after a few seconds, as speech does.
+_TINY_END_GAIN = 2.5
 _log = logging.getLogger(__name__)
 
 
@@ -73,4 +75,4 @@ def _weights(meta: ModelMeta, files: Mapping[str, Path], options: SesameOptions)
 
     _log.warning("RANDOM WEIGHTS: %s is a test of the engine and speaks noise", meta.model_id)
     with TemporaryDirectory(prefix="tiny-csm-") as folder:
-        yield make_tiny_pack(Path(folder))
+        yield make_tiny_pack(Path(folder), layers=2, depth_layers=1, end_gain=_TINY_END_GAIN)
