@@ -249,7 +249,8 @@ class FrameLoop:
         """[B, hidden] at a place of the frame: the backbone's output at 0, then a code at each;
         [B, depth hidden]."""
         adapted = self._adapted
-        x = torch.mm(x, self._depth_in)
+        projector = self._depth.inputs_embeds_projector
+        x = projector(x) if adapted else torch.mm(x, self._depth_in)
         for layer, cache in zip(self._depth_layers, places, strict=True):
             q, k, v = layer.project(x, self._depth_turns[place], adapted)
             at = cache[place]
