@@ -182,6 +182,15 @@ def test_a_segment_may_draw_what_the_positions_hold_and_not_more() -> None:
     assert reader.begin("more", 500).frames == 87
 
 
+def test_the_last_position_is_used_before_anything_is_read_again() -> None:
+    for most, rebased in ((89, 0), (90, 1)):
+        reader = Reader(positions=100, start=0)
+        reader.say("one", 5)
+        # Eight positions are read; an end mark and two letters go before the first tick.
+        assert reader.say("two", most, cut=True).frames == most
+        assert reader.context.rebased == rebased
+
+
 def test_fits_is_the_last_position() -> None:
     context = Context(100, 10, CODEBOOKS)
     assert context.fits(9, 82)
@@ -198,7 +207,7 @@ def test_whatever_is_said_the_positions_hold_exactly_that(
 ) -> None:
     reader = Reader(positions=start + room, start=start)
     for size, frames, ends in segments:
-        opening = reader.begin("x" * size, frames + 10)
+        opening = reader.begin("x" * size, max(1, frames))
         assert opening.frames >= 1
         for _ in range(min(frames, opening.frames)):
             reader.tick()

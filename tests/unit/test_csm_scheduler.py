@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.tts.csm.scheduler import Drawing, Reading, choose_rows, low_water, share_reads
+from src.tts.csm.scheduler import SMALL_READ, Drawing, Reading, choose_rows, low_water, share_reads
 
 _lefts = st.lists(st.integers(0, 400), max_size=12)
 _budgets = st.integers(1, 300)
@@ -19,7 +19,7 @@ def readings(lefts: list[int]) -> list[Reading]:
 
 
 def test_a_short_text_does_not_wait_behind_a_long_one() -> None:
-    assert share_reads(readings([1500, 20]), 256) == [(0, 236), (1, 20)]
+    assert share_reads(readings([1500, 40]), 256) == [(0, 216), (1, 40)]
 
 
 def test_half_of_the_reading_is_for_who_came_first() -> None:
@@ -34,13 +34,22 @@ def test_who_needs_no_reading_is_not_kept_waiting() -> None:
     assert share_reads(readings([1500, 0]), 1) == [(0, 1), (1, 0)]
 
 
+def test_many_short_texts_are_read_a_few_at_a_time() -> None:
+    """Sixty readings would keep those who speak waiting, however short they are."""
+    assert share_reads(readings([5] * 60), 256) == [(slot, 5) for slot in range(256 // SMALL_READ)]
+
+
 @settings(deadline=None)
 @given(_lefts, _budgets)
 def test_reading_is_bounded_and_no_share_is_wasted(lefts: list[int], budget: int) -> None:
     shares = dict(share_reads(readings(lefts), budget))
     assert all(shares.get(slot, 0) <= left for slot, left in enumerate(lefts))
-    assert sum(shares.values()) == min(budget, sum(lefts))
     assert all(positions or not lefts[slot] for slot, positions in shares.items())
+    assert sum(shares.values()) <= budget
+    begun = [positions for positions in shares.values() if positions]
+    assert len(begun) <= budget // SMALL_READ + 2
+    if sum(shares.values()) < sum(lefts) and budget >= 2 * SMALL_READ:
+        assert sum(max(SMALL_READ, positions) for positions in begun) >= budget
 
 
 @settings(deadline=None)

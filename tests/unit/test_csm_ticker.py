@@ -371,6 +371,22 @@ def test_logits_that_are_no_numbers_end_their_slot_only() -> None:
     assert model.count("tick", 1) == 3
 
 
+def test_an_error_told_twice_does_not_grow() -> None:
+    """An exception that is raised again carries both tracebacks, with all their locals."""
+    model = FakeCsmModel()
+    hand = Hand(model)
+    consumer = hand.open()
+    consumer.say("hello")
+    model.before_tick = _raise(RuntimeError())
+    hand.steps()
+    depths = []
+    for _ in range(3):
+        with pytest.raises(Internal) as told:
+            consumer.outlet.take()
+        depths.append(len(told.traceback))
+    assert len(set(depths)) == 1
+
+
 @pytest.mark.parametrize("method", ["assign", "embed_text", "prefill", "set_input", "join"])
 def test_what_one_slot_breaks_is_its_own(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FakeCsmModel()

@@ -52,7 +52,7 @@ class Outlet:
         the frames that were drawn before it."""
         with self._lock:
             self._changed.wait_for(self._something)
-            if self._frames and not self.closed:
+            if self._frames:
                 frame = self._frames.popleft()
                 if len(self._frames) <= self._low_water:
                     self._wake()

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SMALL_READ = 32
+"""A reading of fewer positions takes as long as one of so many: what counts is to have begun."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -43,15 +46,18 @@ def share_reads(reading: Sequence[Reading], budget: int) -> list[tuple[int, int]
     """
     if not reading:
         return []
-    shares: dict[int, int] = {}
-    rest = sorted(reading[1:], key=lambda one: one.left)
-    first_share = budget if not rest else (budget + 1) // 2
-    for one, most in ((reading[0], first_share), *((one, budget) for one in rest)):
-        shares[one.slot] = min(one.left, most, budget)
-        budget -= shares[one.slot]
-    first = reading[0]
-    shares[first.slot] += min(budget, first.left - shares[first.slot])
+    first, *others = reading
+    shares = {first.slot: min(first.left, (budget + 1) // 2 if others else budget)}
+    rest = budget - _cost(shares[first.slot])
+    for one in sorted(others, key=lambda one: one.left):
+        shares[one.slot] = min(one.left, max(0, rest))
+        rest -= _cost(shares[one.slot])
+    shares[first.slot] += min(first.left - shares[first.slot], max(0, rest))
     return [(one.slot, shares[one.slot]) for one in reading if shares[one.slot] or not one.left]
+
+
+def _cost(positions: int) -> int:
+    return max(positions, SMALL_READ) if positions else 0
 
 
 def choose_rows(drawing: Sequence[Drawing], credit: int, most: int) -> list[int]:
