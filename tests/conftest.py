@@ -9,6 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says nothing: other processes share the machine.
+settings.register_profile("duplex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("duplex")
 
 # Set by CI: a skip means that something which must be there is missing, so it fails.
 REQUIRE_SERVICES = bool(os.environ.get("DUPLEX_REQUIRE_SERVICES"))

@@ -263,8 +263,8 @@ async def test_two_tokens_for_one_room_are_one_agent(livekit: LiveKitServer, ent
                 await eventually(lambda: len(other.remote_participants) == 3, "all four")
                 await asyncio.sleep(0.5)
                 assert len(agents(other)) == 1
-        assert len(desk.sittings) == 1
-        assert desk.sittings[0].linked in ("ada", "bob"), "whoever of the two was first"
+                assert len(desk.sittings) == 1
+                assert desk.sittings[0].linked in ("ada", "bob"), "whoever of the two was first"
 
 
 @BOTH

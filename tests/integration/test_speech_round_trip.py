@@ -33,6 +33,7 @@ pytestmark = [
     ),
 ]
 SIDE_BY_SIDE = 6
+WITHOUT_CHANCE = {"noise": "0", "noise_w": "0"}
 MAX_ERROR_RATE = 0.05
 
 
@@ -81,7 +82,8 @@ async def recogniser() -> AsyncIterator[Recognizer]:
 
 async def _speak(stub: Any, turns: asyncio.Semaphore, session_id: str, text: str) -> Spoken:
     async with turns:
-        await stub.StartSession(tts_pb2.StartSessionReq(session_id=session_id))
+        request = tts_pb2.StartSessionReq(session_id=session_id, settings=WITHOUT_CHANCE)
+        await stub.StartSession(request)
         chunk = tts_pb2.TextChunk(session_id=session_id, utterance_id="u", text=text, is_final=True)
         frames = [frame async for frame in stub.Synthesize(iter([chunk]))]
         await stub.EndSession(tts_pb2.EndSessionReq(session_id=session_id))

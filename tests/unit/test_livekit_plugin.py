@@ -47,7 +47,12 @@ class Heard:
 
     @property
     def length_ms(self) -> int:
-        return round(sum(frame.duration for frame in self.frames) * 1000)
+        """Without the 10 ms of silence in which LiveKit says that it was all, when the last frame
+        had gone before it knew."""
+        frames = self.frames
+        if frames and frames[-1].duration == 0.01 and not any(bytes(frames[-1].data)):
+            frames = frames[:-1]
+        return round(sum(frame.duration for frame in frames) * 1000)
 
     def take(self, event: tts.SynthesizedAudio) -> None:
         self.frames.append(event.frame)
