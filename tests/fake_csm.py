@@ -91,6 +91,9 @@ class FakeCsmModel:
         """May raise, block or look around."""
         self.sick: Callable[[Row], bool] = lambda row: False
         """Whose logits are no numbers."""
+        # As a model that copies into the same memory every time.
+        self._codes = np.zeros((slots, CODEBOOKS), dtype=np.int64)
+        self._pcm = np.zeros((slots, FRAME_SAMPLES), dtype=np.float32)
         self._thread: int | None = None
         self._lengths: dict[int, int | None] = {}
 
@@ -145,8 +148,9 @@ class FakeCsmModel:
         self.ticks += 1
         drawn = [self._draw(row) for row in rows]
         healthy = np.array([not self.sick(row) for row in rows])
-        codes = np.stack(drawn)
-        pcm = np.repeat(codes[:, :1] / 2048.0, FRAME_SAMPLES, axis=1).astype(np.float32)
+        codes, pcm = self._codes[: len(rows)], self._pcm[: len(rows)]
+        codes[:] = drawn
+        pcm[:] = codes[:, :1] / 2048.0
         return TickResult(codes, ~codes[:, :-1].any(axis=1) & healthy, healthy, pcm)
 
     def prefix_of(self, embeddings: Embeddings, adapter: int) -> FakePrefix:

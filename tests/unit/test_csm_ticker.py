@@ -15,7 +15,7 @@ from src.common.clock import ManualClock
 from src.rpc.errors import FailedPrecondition, Internal, Unavailable
 from src.tts.csm.context import Context, Pace
 from src.tts.csm.outlet import Outlet
-from src.tts.csm.ports import Row, Voice
+from src.tts.csm.ports import Embeddings, Row, Voice
 from src.tts.csm.scheduler import low_water
 from src.tts.csm.speaker import Speaker
 from src.tts.csm.ticker import Counters, Seats, Ticker
@@ -292,6 +292,36 @@ def test_frames_do_not_depend_on_who_else_speaks() -> None:
     for slot, consumer in enumerate(consumers):
         assert consumer.heard == sounds(consumer, seed=slot)
     assert hand.counters.frames / hand.counters.ticks > 2
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_who_goes_in_the_middle_of_a_step_takes_no_more_part_in_it(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FakeCsmModel()
+    hand = Hand(model, budget=256)
+    speaks, reads, goes = (hand.open(slot) for slot in (0, 1, 2))
+    speaks.say("hello")
+    hand.steps()
+    speaks.take()
+    drawn = model.count("tick", 0)
+    reads.say("some text")
+    goes.say("a longer text")
+    prefill = model.prefill
+
+    def leave(slot: int, position: int, embeddings: Embeddings) -> None:
+        prefill(slot, position, embeddings)
+        for consumer in (speaks, goes):
+            if how == "close":
+                consumer.outlet.close()
+            else:
+                consumer.outlet.drop(consumer.outlet.turn)
+
+    monkeypatch.setattr(model, "prefill", leave)
+    hand.ticker.step()
+    assert model.count("prefill", 1) == 1
+    assert model.count("prefill", 2) == 0
+    assert model.count("tick", 0) == drawn
 
 
 def test_a_tick_that_fails_is_made_again_in_halves() -> None:

@@ -12,8 +12,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from src.common.clock import Clock
 from src.rpc.errors import DuplexError, Internal
 from src.tts.csm.context import Pace
@@ -175,7 +173,8 @@ class Ticker:
 
     def _deliver(self, speakers: Sequence[Speaker], result: TickResult) -> None:
         # Copies, as the model may give the same buffers again.
-        codes, pcm = result.codes.copy(), list(map(np.copy, result.pcm))
+        codes = [result.codes[row : row + 1].copy() for row in range(len(speakers))]
+        pcm = [samples.copy() for samples in result.pcm]
         cut: list[Speaker] = []
         with self._lock:
             self._counters.ticks += 1
@@ -187,7 +186,7 @@ class Ticker:
                     speaker.ended(self._counters.frames)
                 else:
                     speaker.outlet.put(speaker.turn, pcm[row])
-                    if speaker.drew(codes[row : row + 1].copy(), self._counters.frames):
+                    if speaker.drew(codes[row], self._counters.frames):
                         cut.append(speaker)
                 if speaker.over:
                     speaker.outlet.finish(speaker.turn)
@@ -202,7 +201,7 @@ class Ticker:
 
     def _guarded(self, speaker: Speaker, work: Callable[..., bool], *args: Speaker | int) -> bool:
         """What one slot's part in a step raises is that slot's end, and nobody else's."""
-        if speaker.gone:
+        if speaker.gone or speaker.stale:
             return False
         try:
             return work(*args)
