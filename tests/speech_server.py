@@ -73,6 +73,8 @@ class Reply:
     def __init__(self, request: web.Request, asked: Asked) -> None:
         self.request = request
         self.asked = asked
+        self.closes = False
+        """The connection ends with the answer."""
         self._response: web.StreamResponse | None = None
 
     async def begin(self, kind: str = "audio/pcm", *, length: int | None = None) -> None:
@@ -80,6 +82,8 @@ class Reply:
         self._response = web.StreamResponse(headers={"Content-Type": kind})
         if length is not None:
             self._response.content_length = length
+        if self.closes:
+            self._response.force_close()
         await self._response.prepare(self.request)
 
     async def send(self, data: bytes) -> None:
@@ -88,6 +92,11 @@ class Reply:
         assert self._response is not None
         await self._response.write(data)
         self.asked.sent += len(data)
+
+    def write_as_it_is(self, data: bytes) -> None:
+        """Head and all, past the HTTP server."""
+        assert self.request.transport is not None
+        self.request.transport.write(data)
 
     async def refuse(
         self, status: int, text: str = "", kind: str = "application/json", **headers: str

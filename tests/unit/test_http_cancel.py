@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 
 from src.audio.pcm import Float32
 from src.rpc.errors import (
     Unavailable,
 )
+from src.tts.adapters import http_server
+from src.tts.adapters.http_line import Cut, Lines
 from src.tts.tts_base import CancelToken, PcmChunk
 from tests.speech_server import (
     PATIENCE_S,
@@ -27,6 +31,8 @@ from tests.speech_server import (
     Script,
     hangs,
     pcm,
+    speaks,
+    told,
 )
 from tests.unit.http_models import (
     after,
@@ -100,9 +106,21 @@ def test_what_is_cancelled_before_it_begins_asks_nothing(server: FakeSpeechServe
     assert server.asked == []
 
 
-def test_cancelling_between_two_tries_ends_the_waiting(server: FakeSpeechServer) -> None:
+def test_what_is_cancelled_before_it_is_connected_is_not_sent(server: FakeSpeechServer) -> None:
+    lines = Lines({}, 0)
+    with lines.lend() as line:
+        line.cut(Cut.CANCELLED)
+        with pytest.raises(httpx.TransportError):
+            line.send(server.url, {"input": "Hello."}, 5.0)
+    assert server.asked == []
+
+
+def test_cancelling_between_two_tries_ends_the_waiting(
+    server: FakeSpeechServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_MOST_WAIT_S", 1000.0)
     with loaded(server, retries="10", first_byte_ms="600000") as model:
-        server.script = refusing(503, Retry_After="0.9")
+        server.script = refusing(503, Retry_After="500")
         cancel = CancelToken()
         timer = after(200, cancel.cancel)
         assert list(stream(model, cancel=cancel)) == []
@@ -125,28 +143,66 @@ def test_a_cancelled_request_takes_no_other_with_it(server: FakeSpeechServer) ->
         assert list(second) == []
 
 
-def test_a_pause_stops_the_server_by_flow_control_and_is_no_time_out(
-    server: FakeSpeechServer,
-) -> None:
-    seconds = 60
+def test_a_pause_stops_the_server_by_flow_control(server: FakeSpeechServer) -> None:
+    seconds = 100
 
     async def script(reply: Reply) -> None:
         for _ in range(seconds):
             await reply.send(pcm(1000))
 
-    with loaded(server, chunk_ms="300") as model:
+    with loaded(server) as model:
         server.script = script
         chunks = stream(model, "A long story. " * 10)
-        first = next(chunks)
-        asked = server.asked[0]
-        before = -1
+        # So much has gone well that the system would by now open its window wide.
+        heard = 0
+        while heard < 40 * RATE:
+            heard += next(chunks).samples.size
+        asked, before = server.asked[0], -1
         while before != asked.sent:
             before = asked.sent
             time.sleep(0.5)
-        # A few seconds of it are in the buffers of both ends.
-        assert asked.sent < 15 * RATE * 2
+        assert asked.sent < (heard + 10 * RATE) * 2
         assert not asked.over.is_set()
-        assert sound_of([first, *chunks]).size == seconds * RATE
+        assert heard + sound_of(list(chunks)).size == seconds * RATE
+
+
+def test_a_pause_is_no_time_out(server: FakeSpeechServer) -> None:
+    resumed = threading.Event()
+
+    async def script(reply: Reply) -> None:
+        await reply.send(pcm(100))
+        await told(resumed)
+        await asyncio.sleep(0.1)
+        await reply.send(pcm(100))
+
+    with loaded(server, chunk_ms="500") as model:
+        server.script = script
+        chunks = stream(model)
+        next(chunks)
+        time.sleep(0.7)
+        resumed.set()
+        assert sound_of(list(chunks)).size == RATE // 10
+
+
+def test_a_connection_that_the_server_ends_is_not_kept_open_from_here(
+    server: FakeSpeechServer,
+) -> None:
+    async def last(reply: Reply) -> None:
+        reply.closes = True
+        await speaks(reply)
+
+    with loaded(server) as model:
+        server.script = last
+        list(stream(model))
+        port = int(server.url.split(":")[2].split("/")[0])
+        for _ in range(100):
+            ends = [c for c in psutil.Process().net_connections() if c.raddr and c.raddr[1] == port]
+            # Another state than these has no owner any more.
+            if not {end.status for end in ends} & {psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT}:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the connection is still open")
 
 
 def test_many_streams_at_once_do_not_mix(server: FakeSpeechServer) -> None:

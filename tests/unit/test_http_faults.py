@@ -29,7 +29,15 @@ from tests.speech_server import (
     speaks,
     wav,
 )
-from tests.unit.http_models import SECRET, begins_and_hangs, loaded, refusing, sound_of, stream
+from tests.unit.http_models import (
+    SECRET,
+    begins_and_hangs,
+    loaded,
+    refusing,
+    sound_of,
+    speaks_and_hangs,
+    stream,
+)
 
 
 @pytest.fixture
@@ -127,7 +135,7 @@ def test_tries_are_counted(server: FakeSpeechServer) -> None:
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize("script", [refusing(400), refusing(401), refusing(429, Retry_After="60")])
+@pytest.mark.parametrize("script", [refusing(400), refusing(401), refusing(429, Retry_After="3")])
 def test_what_does_not_pass_soon_is_not_tried_again(
     server: FakeSpeechServer, script: Script
 ) -> None:
@@ -204,11 +212,14 @@ def test_a_first_sound_that_does_not_come_is_not_waited_for(
     assert len(server.asked) == 1
 
 
-def test_a_sound_that_stalls_is_not_waited_for(server: FakeSpeechServer) -> None:
-    async def script(reply: Reply) -> None:
-        await reply.send(pcm(100))
-        await hangs(reply)
+async def speaks_until_it_closes_and_hangs(reply: Reply) -> None:
+    """The answer's end is that of its connection, as in HTTP/1.0."""
+    reply.write_as_it_is(b"HTTP/1.1 200 OK\r\nContent-Type: audio/pcm\r\n\r\n" + pcm(100))
+    await hangs(reply)
 
+
+@pytest.mark.parametrize("script", [speaks_and_hangs, speaks_until_it_closes_and_hangs])
+def test_a_sound_that_stalls_is_not_waited_for(server: FakeSpeechServer, script: Script) -> None:
     with loaded(server, chunk_ms="150") as model:
         server.script = script
         chunks = stream(model)

@@ -39,6 +39,7 @@ from tests.speech_server import (
 )
 from tests.unit.http_models import (
     SECRET,
+    TEXT,
     entry,
     loaded,
     loaded_as,
@@ -168,6 +169,12 @@ def test_all_words_are_told_estimated_and_in_the_order_of_their_times(
     # The fourth word is the first of the second answer.
     assert times[0] < 100
     assert 1500 <= times[3] < 1700
+
+
+def test_words_for_which_there_was_no_time_are_told_at_the_end(server: FakeSpeechServer) -> None:
+    with loaded(server) as model:
+        words = [word.text for chunk in stream(model, TEXT) for word in chunk.words]
+    assert words == TEXT.split()
 
 
 def test_a_text_that_gets_no_sound_is_passed_over_and_told_without_the_text(
