@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,7 @@ def load_weights(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> C
 
 
 def _check_transformers() -> None:
-    import transformers
-
-    found = transformers.__version__
+    found = version("transformers")
     if tuple(found.split(".")[:2]) != tuple(map(str, TRANSFORMERS)):
         raise Unavailable(
             f"this engine computes with the layers of transformers {TRANSFORMERS[0]}."
