@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from src.tts.csm.frame_loop import FrameLoop, StepBatch
+from src.tts.csm.lora import LoraBank, StackedLinear
 from src.tts.csm.weights import CsmWeights, load_weights
 
 SLOTS, POSITIONS = 8, 256
@@ -372,45 +373,20 @@ def test_a_slot_in_bfloat16_speaks(tiny_pack: Path) -> None:
 # --- adapters
 
 
-class Bank:
-    def __init__(self, active: bool) -> None:
-        self.active = active
-        self.chosen: list[list[int]] = []
-
-    def select(self, adapters: Any) -> None:
-        self.chosen.append(adapters.tolist())
-
-
 @pytest.mark.parametrize("active", [True, False])
 def test_with_adapters_every_layer_that_one_may_change_is_asked(
-    weights: CsmWeights, active: bool
+    weights: CsmWeights, active: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without them, none: the loop has their weights in an order that takes fewer operations."""
     loop = FrameLoop(weights, slots=SLOTS, positions=POSITIONS)
-    loop.bank = Bank(active)  # type: ignore[assignment]
-    wanted, asked, hooks = set(), set(), []
-    for name, module in weights.model.named_modules():
-        if name.endswith(("_proj", "projector")) and not name.startswith("codec_model"):
-            wanted.add(name)
-            hooks.append(module.register_forward_hook(lambda *_, name=name: asked.add(name)))
+    loop.bank = bank = LoraBank(weights, capacity=1, max_rank=2)
+    bank.prepare()
+    bank.active = active
+    stacked = {m: n for n, m in weights.model.named_modules() if isinstance(m, StackedLinear)}
+    asked = set()
+    monkeypatch.setattr(StackedLinear, "add_to", lambda layer, *_: asked.add(stacked[layer]))
     try:
         loop.step(StepBatch.of([0, 1], [3, 0]))
     finally:
-        for hook in hooks:
-            hook.remove()
-    assert asked == (wanted if active else set())
-    assert len(wanted) == 7 * (3 + 2) + 1
-
-
-def test_both_ways_through_a_layer_draw_the_same(loop: FrameLoop) -> None:
-    plain = Voice(loop, 0, temperature=0.0).read(text(loop)).say(3)
-    loop.bank = Bank(active=True)  # type: ignore[assignment]
-    assert torch.equal(Voice(loop, 1, temperature=0.0).read(text(loop)).say(3), plain)
-
-
-def test_the_adapters_are_chosen_before_anything_is_computed(loop: FrameLoop) -> None:
-    bank = Bank(active=True)
-    loop.bank = bank  # type: ignore[assignment]
-    loop.prefill(0, 0, text(loop), 3)
-    loop.step(StepBatch.of([0, 1], [30, 0], adapters=[3, 0]))
-    assert bank.chosen == [[3], [3, 0]]
+        bank.detach()
+    assert asked == (set(stacked.values()) if active else set())
+    assert len(stacked) == 7 * (3 + 2) + 1

@@ -443,6 +443,24 @@ def test_frames_of_two_voices_and_the_base_in_one_batch_are_each_as_alone(
     assert len({tuple(codes.flatten().tolist()) for codes in together}) == 3
 
 
+def test_a_row_of_the_base_is_bit_for_bit_the_same_with_voices_beside_it(
+    tiny_pack: Path, voice_a: AdapterWeights, voice_b: AdapterWeights
+) -> None:
+    """All that a step computes ends in its keys and values: nothing may be rounded otherwise."""
+    weights = load_weights(tiny_pack)
+    loop = FrameLoop(weights, slots=3, positions=64)
+    loop.bank = LoraBank(weights, capacity=3, max_rank=RANK)
+    a, b = loop.bank.add(voice_a), loop.bank.add(voice_b)
+    loop.bank.active = False
+    _frames(loop, [0, 0, 0])
+    alone = loop.save_prefix(1, 8)
+    loop.bank.active = True
+    _frames(loop, [a, 0, b])
+    beside = loop.save_prefix(1, 8)
+    assert torch.equal(beside.keys, alone.keys)
+    assert torch.equal(beside.values, alone.values)
+
+
 def _frames(loop: FrameLoop, adapters: list[int], count: int = 3) -> torch.Tensor:
     """Codes [rows, count, codebooks] of one text said by each of the adapters, greedily."""
     with torch.inference_mode():

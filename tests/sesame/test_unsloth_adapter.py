@@ -249,6 +249,18 @@ def test_other_settings_than_the_bases_are_refused_with_the_difference(shelf: Sh
         shelf.load(ADA, {"max_slots": "8"})
 
 
+def test_a_base_without_settings_for_lora_shares_the_engine_of_its_voices(shelf: Shelf) -> None:
+    ada = shelf.load(ADA)
+    base = shelf.load(BASE, {"max_adapters": "0"})
+    assert base._lease.engine is ada._lease.engine
+
+
+def test_a_base_that_was_made_without_places_says_so(shelf: Shelf) -> None:
+    shelf.load(BASE, {"max_adapters": "0"})
+    with pytest.raises(FailedPrecondition, match=r"max_adapters 0 \(this one: 2\)"):
+        shelf.load(ADA)
+
+
 def test_files_without_an_adapter(shelf: Shelf) -> None:
     meta = shelf.catalog.get(ADA)
     with pytest.raises(CorruptModel, match=r"no 'adapter_config\.json'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import threading
 import weakref
 from collections.abc import Callable
@@ -89,6 +90,14 @@ def test_nobody_gets_an_engine_on_other_terms_than_he_asked_for() -> None:
     with pytest.raises(OtherTerms) as refused:
         engines.lease("base", FakeEngine, {"slots": 4})
     assert refused.value.terms == {"slots": 8}
+
+
+def test_what_serves_is_for_the_caller_to_say() -> None:
+    engines = SharedEngines()
+    held = engines.lease("base", FakeEngine, 8)
+    assert engines.lease("base", FakeEngine, 4, operator.ge).engine is held.engine
+    with pytest.raises(OtherTerms):
+        engines.lease("base", FakeEngine, 16, operator.ge)
 
 
 def test_a_refusal_keeps_no_engine_alive() -> None:

@@ -15,7 +15,7 @@ def test_without_settings_the_defaults_are_the_devices() -> None:
     assert (on_cpu.engine.compile, on_gpu.engine.compile) == (False, True)
     assert on_cpu.sampling == Sampling(0.9, 50)
     assert not on_cpu.tiny
-    assert on_cpu.engine.max_adapters == 4
+    assert on_cpu.engine.max_adapters == 0
 
 
 def test_everything_can_be_set() -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _BASE_FAMILY = "sesame"
+_PLACES = "4"
+"""For LoRA voices, in an engine that the first of them makes."""
 _log = logging.getLogger(__name__)
 
 
@@ -50,8 +52,9 @@ class UnslothSesameAdapter:
         progress: Callable[[float], None],
     ) -> SesameModel:
         """`meta.settings` are those of csm/options.py and `base`: the folder of the base's voice
-        pack, or its model id where both lie among the same voice packs. The files are a folder as
-        peft writes it, and the recordings of csm/voices.py.
+        pack, or its model id where both lie among the same voice packs; `max_adapters` is 4 where
+        it is not set. The files are a folder as peft writes it, and the recordings of
+        csm/voices.py.
 
         Raises besides what SesameAdapter.load raises: CorruptModel for an adapter of another base,
         Exhausted when all places for LoRA voices on this base are taken, FailedPrecondition while
@@ -60,7 +63,8 @@ class UnslothSesameAdapter:
         self.check_installed()
         folder = _adapter_folder(meta.model_id, files)
         base = _base_folder(meta, folder)
-        settings = {key: value for key, value in meta.settings.items() if key != "base"}
+        settings = {"max_adapters": _PLACES, **meta.settings}
+        del settings["base"]
         options = read_options(settings, device)
         if options.tiny:
             raise InvalidArgument(f"{meta.model_id}: a LoRA voice has a base and is never 'tiny'")

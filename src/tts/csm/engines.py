@@ -6,9 +6,10 @@ itself. The first to come makes the engine, the last to go closes it.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 
 class Closable(Protocol):
@@ -73,12 +74,18 @@ class SharedEngines:
         self._lock = threading.Lock()
         self._places: dict[Hashable, _Place] = {}
 
-    def lease(self, key: Hashable, make: Callable[[], T], terms: object = None) -> Lease[T]:
+    def lease(
+        self,
+        key: Hashable,
+        make: Callable[[], T],
+        terms: Any = None,
+        serves: Callable[[Any, Any], bool] = operator.eq,
+    ) -> Lease[T]:
         """A share in the key's engine, made by `make` on these `terms` if there is none. Blocks
         while another makes or closes it.
 
-        Raises OtherTerms if there is one on terms that are not equal; what `make` raises, and then
-        the next caller tries anew.
+        Raises OtherTerms if the terms of the one that is there do not serve: `serves(its, terms)`;
+        and what `make` raises, after which the next caller tries anew.
         """
         with self._lock:
             place = self._places.setdefault(key, _Place())
@@ -87,7 +94,7 @@ class SharedEngines:
             with place.busy:
                 if place.engine is None:
                     place.engine, place.terms = make(), terms
-                elif place.terms != terms:
+                elif not serves(place.terms, terms):
                     raise OtherTerms(place.terms)
                 engine = cast(T, place.engine)
         except BaseException:
@@ -118,8 +125,13 @@ class SharedEngines:
 _PROCESS = SharedEngines()
 
 
-def engine_for(key: Hashable, make: Callable[[], T], terms: object = None) -> Lease[T]:
+def engine_for(
+    key: Hashable,
+    make: Callable[[], T],
+    terms: Any = None,
+    serves: Callable[[Any, Any], bool] = operator.eq,
+) -> Lease[T]:
     """This process's engine for `key`, which says what may be in memory once: these weights on that
     device. See `SharedEngines.lease`.
     """
-    return _PROCESS.lease(key, make, terms)
+    return _PROCESS.lease(key, make, terms, serves)

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from src.tts.csm.layers import Layer, Norm, attend, attend_all, rotations
+from src.tts.csm.lora import add_adapters
 from src.tts.csm.sampler import Sampler
 from src.tts.csm.slot_cache import KvPrefix, SlotCache
 
@@ -250,7 +251,10 @@ class FrameLoop:
         [B, depth hidden]."""
         adapted = self._adapted
         projector = self._depth.inputs_embeds_projector
-        x = projector(x) if adapted else torch.mm(x, self._depth_in)
+        read = x
+        x = torch.mm(read, self._depth_in)
+        if adapted:
+            add_adapters(x, read, projector)
         for layer, cache in zip(self._depth_layers, places, strict=True):
             q, k, v = layer.project(x, self._depth_turns[place], adapted)
             at = cache[place]

@@ -15,13 +15,14 @@ import torch
 from torch.nn import functional as F
 
 from src.rpc.errors import CorruptModel
+from src.tts.csm.lora import add_adapters
 
 
 class Layer:
     """One decoder layer of transformers', without a cache of its own.
 
-    Rows are [rows, hidden]. `adapted`: go through the modules, whose Linear layers a LoraBank may
-    have replaced.
+    Rows are [rows, hidden]. `adapted`: add to each row what its LoRA voice does (lora.py). What it
+    is added to is computed alike, so rows of the base alone are bit for bit what they were.
     """
 
     def __init__(self, module: Any) -> None:
@@ -43,12 +44,10 @@ class Layer:
         `rotation`: of `rotations`, [D, D] for all rows or [rows, D, D].
         """
         y = self._before_attention(x)
+        qkv = torch.mm(y, self._qkv)
         if adapted:
             attention = self._module.self_attn
-            parts = [proj(y) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)]
-            qkv = torch.cat(parts, -1)
-        else:
-            qkv = torch.mm(y, self._qkv)
+            add_adapters(qkv, y, attention.q_proj, attention.k_proj, attention.v_proj)
         values_from = self._heads + self._kv_heads
         qkv = qkv.view(x.shape[0], values_from + self._kv_heads, self._head_dim)
         # The values are turned for nothing: leaving them out would copy the rest.
@@ -61,12 +60,20 @@ class Layer:
 
     def finish(self, x: Any, attended: Any, adapted: bool) -> Any:
         """The layer's output [rows, hidden], from its input and what its attention saw."""
-        if adapted:
-            x = x + self._module.self_attn.o_proj(attended)
-            return x + self._module.mlp(self._before_mlp(x))
+        mlp = self._module.mlp
         x = torch.addmm(x, attended, self._out)
-        gate, up = torch.mm(self._before_mlp(x), self._gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate).mul_(up), self._down)
+        if adapted:
+            add_adapters(x, attended, self._module.self_attn.o_proj)
+        y = self._before_mlp(x)
+        both = torch.mm(y, self._gate_up)
+        if adapted:
+            add_adapters(both, y, mlp.gate_proj, mlp.up_proj)
+        gate, up = both.chunk(2, -1)
+        inner = F.silu(gate).mul_(up)
+        x = torch.addmm(x, inner, self._down)
+        if adapted:
+            add_adapters(x, inner, mlp.down_proj)
+        return x
 
 
 class Norm:

@@ -196,11 +196,12 @@ class LoraBank:
 
 
 class StackedLinear(nn.Module):  # type: ignore[misc]
-    """`base(x)`, and for each row what its own voice adds to that."""
+    """A Linear of the base, and for each row what its own voice adds to that."""
 
     def __init__(self, base: nn.Linear, rows: _Rows) -> None:
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self._rows = rows
         columns = rows.mask.shape[1]
         with torch.inference_mode():
@@ -215,16 +216,32 @@ class StackedLinear(nn.Module):  # type: ignore[misc]
             self.a[columns][:rank] = pair.a
             self.b[:, columns][:, :rank] = pair.b
 
+    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Into `out` [rows, out_features], in place; x: [rows, in_features]. A mask of one row is
+        everybody's."""
+        # Chosen, not multiplied by 0 and 1: another voice's overflow must not become a NaN here.
+        low = torch.where(self._rows.mask, torch.mm(x, self.a.t()), 0)
+        out.addmm_(low, self.b.t())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, …, in_features]; [rows, …, out_features]."""
+        """x: [rows, …, in_features]; [rows, …, out_features]. For whoever calls the module itself;
+        the frame loop does not."""
         out = self.base(x)
         if not self._rows.active:
             return out
         mask = self._rows.mask
         mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1])
-        # Chosen, not multiplied by 0 and 1: another voice's overflow must not become a NaN here.
         low = torch.where(mask, nn.functional.linear(x, self.a), 0)
         return out + nn.functional.linear(low, self.b)
+
+
+def add_adapters(out: torch.Tensor, x: torch.Tensor, *linears: nn.Module) -> None:
+    """What the voices of the rows add to `out` [rows, sum of out_features], which these layers
+    made of `x` [rows, in_features] one beside the other. In place; tensor operations alone."""
+    parts = out.split([linear.out_features for linear in linears], -1)
+    for linear, part in zip(linears, parts, strict=True):
+        if isinstance(linear, StackedLinear):
+            linear.add_to(part, x)
 
 
 def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -80,7 +80,7 @@ def open_engine(
         return engine
 
     try:
-        return engine_for((folder.resolve(), device), make, options)
+        return engine_for((folder.resolve(), device), make, options, EngineOptions.serves)
     except OtherTerms as other:
         raise FailedPrecondition(
             f"{model_id}: its weights are in memory already, for another model, with "

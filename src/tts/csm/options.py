@@ -7,7 +7,7 @@ values when it was saved with `_from_model_config`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.rpc.errors import InvalidArgument, UnknownName
 from src.tts.adapters.settings import Range
@@ -22,7 +22,7 @@ _TINY = {"1": True, "0": False}
 _WHOLE = {
     "max_slots": Range(1, 256, 0, "utterances at once"),
     "positions": Range(256, 2048, 2048, "of context: one a token, 12.5 a second of sound"),
-    "max_adapters": Range(0, 64, 4, "LoRA voices at once on this base"),
+    "max_adapters": Range(0, 64, 0, "LoRA voices at once on this base"),
     "max_rank": Range(1, 256, 32, "the highest rank of a LoRA voice"),
     "top_k": Range(1, MAX_TOP_K, 50, "candidates of a draw"),
     "speaker": Range(0, 9, 0, "the speaker's number in the text's mark"),
@@ -41,9 +41,16 @@ class EngineOptions:
     max_slots: int = _CPU_SLOTS
     positions: int = 2048
     compile: bool = False
-    max_adapters: int = 4
-    """Places for LoRA voices beside the base; nothing is paid for them before the first comes."""
+    max_adapters: int = 0
+    """Places for LoRA voices beside the base; without any, nothing is paid for them."""
     max_rank: int = 32
+
+    def serves(self, wanted: EngineOptions) -> bool:
+        """May a model that asks for `wanted` have an engine made with these? One without LoRA
+        voices does not mind places for others'."""
+        if wanted.max_adapters:
+            return self == wanted
+        return self == replace(wanted, max_adapters=self.max_adapters, max_rank=self.max_rank)
 
 
 @dataclass(frozen=True, slots=True)
