@@ -39,6 +39,8 @@ class Installation:
     port: int
     redis_url: str
     orchestrator: Child
+    worker: str
+    """host:port of its gRPC."""
 
     @property
     def url(self) -> str:
@@ -63,10 +65,11 @@ async def installation(
     env: Mapping[str, str] | None = None,
     livekit: LiveKitServer | None = None,
     args: Sequence[str] = (),
+    worker_args: Sequence[str] = (),
 ) -> AsyncIterator[Installation]:
     """Registry, one worker and the orchestrator, on free ports; with `livekit` in rooms too.
 
-    `args` go to the orchestrator; `env` lies over what is set here.
+    `args` go to the orchestrator, `worker_args` to the worker; `env` lies over what is set here.
     """
     async with AsyncExitStack() as cleanup:
         redis = await EmbeddedRedis.start()
@@ -74,8 +77,9 @@ async def installation(
         around = {"REDIS_URL": redis.url, "LLM_BASE_URL": "", "DUPLEX_API_KEY": ""}
         around |= livekit.environ if livekit else NO_LIVEKIT
         around |= env or {}
-        await _start(cleanup, "worker", _worker(model), logs, around)
-        port = free_port()
+        worker_port, port = free_port(), free_port()
+        worker = [*_worker(model, worker_port), *worker_args]
+        await _start(cleanup, "worker", worker, logs, around)
         argv = ["-m", "src.orchestrator.server", "--ws", "--port", str(port), *args]
         if livekit:
             argv.append("--livekit")
@@ -84,14 +88,13 @@ async def installation(
             path.write_text(config, encoding="utf-8")
             argv += ["--config", str(path)]
         orchestrator = await _start(cleanup, "orchestrator", argv, logs, around)
-        running = Installation(port, redis.url, orchestrator)
+        running = Installation(port, redis.url, orchestrator, f"127.0.0.1:{worker_port}")
         await orchestrator.ready(lambda: _answers(f"{running.url}/readyz"), READY_S)
         yield running
 
 
-def _worker(model: str) -> list[str]:
-    port, adapter = str(free_port()), model.partition("-")[0]
-    return ["-m", "src.tts.worker", "--adapter", adapter, "--default_model", model, "--port", port]
+def _worker(model: str, port: int) -> list[str]:
+    return ["-m", "src.tts.worker", "--default_model", model, "--port", str(port)]
 
 
 async def _start(
