@@ -48,6 +48,9 @@ def make_tiny_pack(
     back, in its own steps of 40 ms.
     """
     from transformers import CsmForConditionalGeneration, CsmProcessor, EncodecFeatureExtractor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     tokenizer = _tokenizer()
     depth = _depth(hidden, depth_hidden, depth_layers)
