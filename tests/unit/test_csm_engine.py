@@ -303,6 +303,15 @@ def test_a_full_queue_refuses_and_says_where_one_would_stand() -> None:
             assert worker.join().error is None
 
 
+def test_where_nobody_may_wait_a_free_slot_is_given_all_the_same() -> None:
+    with (
+        running(FakeCsmModel(slots=1), max_waiting=0) as engine,
+        open_slot(engine),
+        pytest.raises(Exhausted),
+    ):
+        open_slot(engine)
+
+
 def test_who_waits_too_long_is_told_where_they_stood() -> None:
     with running(FakeCsmModel(slots=1), max_wait_ms=20) as engine, open_slot(engine):
         with pytest.raises(Exhausted) as refused:

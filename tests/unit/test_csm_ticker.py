@@ -187,15 +187,21 @@ def test_a_text_without_an_end_is_cut_and_the_next_goes_on(
 def test_without_room_the_prompt_and_the_last_texts_are_read_again() -> None:
     hand = Hand(FakeCsmModel(positions=400))
     consumer = hand.open(prompt=50)
+    spoken: dict[str, list[str]] = {}
     for number in range(12):
-        consumer.say(f"text number {number}")
+        text = f"text number {number}"
+        consumer.say(text)
         hand.drain([consumer])
-        assert len(consumer.heard[-1]) == len(f"text number {number}")
+        assert len(consumer.heard[-1]) == len(text)
+        spoken[text] = hand.model.rows[0].read[-len(text) :]
     read = hand.model.rows[0].read
     assert read[:50] == prefix_of_size(50).items
     texts = [item[4:] for item in read if item.startswith("end ")]
     assert texts == [f"text number {n}" for n in range(12 - len(texts), 12)]
     assert 2 <= len(texts) < 12
+    for text in texts:
+        first = read.index(f"end {text}") + 1
+        assert read[first : first + len(text)] == spoken[text]
     assert hand.model.count("assign") == 1
 
 
