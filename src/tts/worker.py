@@ -228,14 +228,14 @@ class Worker:
                 first_audio_p50_ms=self._metrics.first_audio_p50_ms,
             ),
             default_model=self._manager.default_model_id,
-            models=[_entry(model) for model in models if _offered(model)],
+            models=[_entry(model) for model in models if offered(model)],
             max_sessions=settings.max_sessions,
             draining=self._sessions.draining,
             version=own.version,
         )
 
 
-def _offered(model: ModelStatus) -> bool:
+def offered(model: ModelStatus) -> bool:
     """Noise is offered only where somebody asked for it by name."""
     return RANDOM_WEIGHTS not in model.meta.tags or model.state is ModelState.RESIDENT
 
