@@ -194,6 +194,7 @@ def test_without_a_free_slot_the_place_in_the_queue_is_told() -> None:
         stage.speak("me too")
     assert refused.value.queue_position == 1
     assert refused.value.retry_after_ms
+    assert stage.speak("…") == [], "who has nothing to say needs no slot"
     held.close()  # type: ignore[attr-defined]
     stage.model.unload()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from src.rpc.generated import tts_pb2 as pb
 from src.tts.handover import FrameQueue
 from src.tts.playout import Playout, PlayoutPolicy
 from src.tts.run_gate import RunGate
+from src.tts.session import Session
 from src.tts.synthesis import Synthesis, Voicing
-from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
+from src.tts.tts_base import AdapterCapabilities, CancelToken, PcmChunk, Segment, VoiceSpec
 
 STREAMS = 3
 WAIT_S = 10.0
@@ -66,6 +69,14 @@ async def sung(choir: Choir, gate: RunGate, *, own_engine: bool) -> list[BaseExc
 
 async def test_every_stream_may_wait_for_an_engine_of_its_own() -> None:
     assert await sung(Choir(), RunGate(1), own_engine=True) == [None] * STREAMS
+
+
+@pytest.mark.parametrize("own_engine", [True, False])
+def test_a_session_knows_from_the_family_which_it_is(own_engine: bool) -> None:
+    lease: Any = Mock(capabilities=AdapterCapabilities(own_engine=own_engine))
+    stage: Any = Mock()
+    session = Session("s1", lease, VoiceSpec("one", "en"), pb.CODEC_PCM_S16LE, stage)
+    assert session._voicing().own_engine is own_engine
 
 
 async def test_others_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
