@@ -25,6 +25,7 @@ from src.tts.csm.context import MIN_ROOM
 from src.tts.csm.engine import Engine
 from src.tts.csm.outlet import Outlet
 from src.tts.csm.ports import Row, Voice
+from src.tts.csm.ticker import Ticker
 from src.tts.tts_base import CancelToken
 from tests.fake_csm import FakeCsmModel, expected, prefix_of_size, said
 
@@ -198,6 +199,26 @@ def test_while_nobody_takes_nothing_is_computed() -> None:
         assert paused < settle(engine, model)
         heard += said(frames)
     assert [heard] == expected([LONG], seed=1)
+
+
+def test_while_nobody_takes_the_engine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[None] = []
+    step = Ticker.step
+
+    def counted(ticker: Ticker) -> bool:
+        steps.append(None)
+        return step(ticker)
+
+    monkeypatch.setattr(Ticker, "step", counted)
+    model = FakeCsmModel()
+    with running(model) as engine, engine.slot(Voice(), seed=1, cancel=CancelToken()) as slot:
+        frames = slot.say(LONG)
+        next(frames)
+        settle(engine, model)
+        # The job that has settled it is followed by a step, and that by none.
+        before = len(steps)
+        threading.Event().wait(0.05)
+        assert len(steps) <= before + 2
 
 
 def test_a_cancelled_slot_draws_one_more_frame_at_most_and_is_free() -> None:
