@@ -219,20 +219,20 @@ class StackedLinear(nn.Module):  # type: ignore[misc]
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Into `out` [rows, out_features], in place; x: [rows, in_features]. A mask of one row is
         everybody's."""
-        # Chosen, not multiplied by 0 and 1: another voice's overflow must not become a NaN here.
-        low = torch.where(self._rows.mask, torch.mm(x, self.a.t()), 0)
-        out.addmm_(low, self.b.t())
+        out.addmm_(self._low(x), self.b.t())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, …, in_features]; [rows, …, out_features]. For whoever calls the module itself;
         the frame loop does not."""
         out = self.base(x)
-        if not self._rows.active:
-            return out
+        return out + nn.functional.linear(self._low(x), self.b) if self._rows.active else out
+
+    def _low(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, …, columns], zero but for the row's own voice."""
         mask = self._rows.mask
         mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1])
-        low = torch.where(mask, nn.functional.linear(x, self.a), 0)
-        return out + nn.functional.linear(low, self.b)
+        # Chosen, not multiplied by 0 and 1: another voice's overflow must not become a NaN here.
+        return torch.where(mask, nn.functional.linear(x, self.a), 0)
 
 
 def add_adapters(out: torch.Tensor, x: torch.Tensor, *linears: nn.Module) -> None:
