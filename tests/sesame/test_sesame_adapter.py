@@ -209,18 +209,23 @@ def test_models_come_and_go_and_leave_nothing(tiny_pack: Path, tmp_path: Path) -
 
 
 def test_two_hundred_utterances_leave_nothing(model: SesameModel) -> None:
-    def tensors() -> int:
+    engine = model._lease.engine
+
+    def tensors(_: object = None) -> int:
         import torch
 
         gc.collect()
         return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
-    said(model, "Hello.", 1)
-    before = tensors()
-    for number in range(200):
-        assert said(model, f"{number}", 1).size
-    assert tensors() <= before + 8
-    assert model._lease.engine.stats.active == 0
+    def utter(number: int) -> int:
+        return said(model, f"{number}", 1).size
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(utter, range(20)))
+        before = engine.run(tensors)
+        assert all(threads.map(utter, range(200)))
+    assert engine.run(tensors) < before + 200, "less than one for an utterance"
+    assert engine.stats.active == 0
 
 
 # --- random weights ---

@@ -222,7 +222,7 @@ async def rest_of(call: Any) -> list[pb.AudioFrame]:
 
 @together
 async def test_the_words_of_an_utterance_come_in_order_each_once(running: Installation) -> None:
-    async with worker(running) as stub, session(stub, "words") as name:
+    async with worker(running) as stub, session(stub, "words", lead_ms=10_000) as name:
         frames = await rest_of(speak(stub, name, SHORT))
         words = [word for frame in frames for word in frame.words]
         assert [SHORT[w.char_start : w.char_end] for w in words] == SHORT.split()

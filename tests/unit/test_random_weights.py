@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_noise_is_announced_only_where_it_was_loaded(state: ModelState) -> None:
 def recipe(*arguments: str) -> list[str]:
     """The worker's flags, as the recipe would run it."""
     dry = subprocess.run(
-        ["just", "--dry-run", "run-tts-sesame", *arguments],
+        [str(Path(sys.executable).with_name("just")), "--dry-run", "run-tts-sesame", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
