@@ -242,7 +242,8 @@ def test_a_restored_prompt_is_the_prompt_read(loop: FrameLoop) -> None:
     wanted = read.read(text(loop)).say(4)
     found = Voice(loop, 6, seed=3, position=prefix.positions).read(text(loop)).say(4)
     assert torch.equal(found, wanted)
-    # A copy: what the slot reads later is not in it.
+    # A copy: what becomes of the slot that it was read in is nothing to it.
+    loop.restore(0, None)
     loop.restore(5, prefix)
     again = Voice(loop, 5, seed=3, position=prefix.positions).read(text(loop)).say(4)
     assert torch.equal(again, wanted)
@@ -390,3 +391,17 @@ def test_with_adapters_every_layer_that_one_may_change_is_asked(
         bank.detach()
     assert asked == (set(stacked.values()) if active else set())
     assert len(stacked) == 7 * (3 + 2) + 1
+
+
+def test_the_adapters_are_chosen_before_anything_is_computed(loop: FrameLoop) -> None:
+    class Bank:
+        active = False
+        chosen: list[list[int]] = []
+
+        def select(self, adapters: Any) -> None:
+            self.chosen.append(adapters.tolist())
+
+    loop.bank = Bank()  # type: ignore[assignment]
+    loop.prefill(0, 0, text(loop), 3)
+    loop.step(StepBatch.of([0, 1], [30, 0], adapters=[3, 0]))
+    assert Bank.chosen == [[3], [3, 0]]
