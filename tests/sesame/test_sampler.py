@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from src.tts.csm import options
 from src.tts.csm.sampler import MAX_TOP_K, Sampler, gumbel, mix
 
 VOCAB = 2048
@@ -83,6 +84,11 @@ def test_each_row_has_its_own_top_k_within_bounds(sampler: Sampler) -> None:
     )  # fmt: skip
     assert seen.max(0).values[:3].tolist() == [0, 2, 0]
     assert 100 < seen[:, 3].max() < MAX_TOP_K
+
+
+def test_no_more_candidates_are_offered_than_are_drawn_from() -> None:
+    """The catalog's bound is written where no torch is."""
+    assert options.MAX_TOP_K == MAX_TOP_K
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_seed(sampler: Sampler) -> None:
