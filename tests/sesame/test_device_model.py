@@ -10,6 +10,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_tick_that_raises_has_moved_nobody(
         raise torch.OutOfMemoryError("planned")
 
     with monkeypatch.context() as patch:
-        patch.setattr(disturbed.model._mimi, "step", no_memory)
+        patch.setattr(disturbed.model, "_decode", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             disturbed.tick([1, 0])
     for talk in (undisturbed, disturbed):
@@ -351,3 +352,37 @@ def test_the_least_size_that_fits_is_chosen() -> None:
     assert choose(recorded, 9, 100) == Size(2, 128)
     with pytest.raises(LookupError):
         choose(recorded, 1, 129)
+
+
+def test_the_codec_and_the_small_parts_compile_in_one_piece(weights: CsmWeights) -> None:
+    """Traced as for a GPU, where both are compiled; what would be made of it is left out here."""
+    compiler = partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
+    plain, compiled = (Talk(DeviceModel(weights, slots=2, positions=POSITIONS)) for _ in range(2))
+    compiled.model._loop.fuse(compiler)
+    compiled.model._decode = compiler(compiled.model._mimi.step)
+    for talk in (plain, compiled):
+        talk.join(0)
+        talk.join(1)
+        talk.tick([1, 0])
+        talk.tick([0, 1])
+    for slot in (0, 1):
+        np.testing.assert_array_equal(plain.codes[slot], compiled.codes[slot])
+        np.testing.assert_allclose(plain.pcm[slot], compiled.pcm[slot], atol=2e-6)
+
+
+def test_a_compiler_that_fails_is_done_without(
+    weights: CsmWeights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(part: object, **_: object) -> Callable[..., object]:
+        def fail(*_: object) -> object:
+            raise RuntimeError("there is no C compiler\nand much more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with caplog.at_level(logging.WARNING):
+        model = DeviceModel(weights, slots=1, positions=POSITIONS, compile=True)
+    assert "RuntimeError: there is no C compiler" in caplog.text
+    talk = Talk(model)
+    talk.join(0)
+    assert talk.tick([0]).healthy[0]

@@ -6,8 +6,10 @@ is called, for exactly the rows that there are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,11 +35,27 @@ if TYPE_CHECKING:
     from src.tts.csm.slot_cache import KvPrefix
     from src.tts.csm.weights import CsmWeights
 
+log = logging.getLogger(__name__)
+
 MAX_PREFILL = 256
 SHORTEST_GRAPH = 256
 """Positions; on a GPU attention over fewer costs next to nothing beside the weights."""
 CPU_LENGTH_STEP = 64
 """A processor pays for every position that it looks at, and nothing for having many sizes."""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _many_sizes() -> AbstractContextManager[None]:
+    """Beyond eight sizes, torch.compile silently goes on with what is written."""
+    found: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=64)
+    return found
+
+
+def _as_written(part: Any, *, dynamic: bool) -> Any:
+    return part
 
 
 def sizes_for(slots: int, positions: int, *, few: bool) -> list[Size]:
@@ -84,10 +102,10 @@ class DeviceModel:
             self._loop = FrameLoop(weights, slots=slots, positions=positions)
             self._mimi = MimiStream(weights.model.codec_model, slots=slots)
             self._bank = self._loop.bank = self._make_bank(max_adapters, max_rank)
-            recorder = recorder or (CudaGraphRecorder(self._device) if cuda else CallRecorder())
+            if recorder is None:
+                recorder = CudaGraphRecorder(self._device) if cuda else CallRecorder(once=compile)
             self._graphs = self._make_graphs(recorder)
-            for graphs in self._graphs.values():
-                graphs.record(sizes or sizes_for(slots, positions, few=cuda))
+            self._record(list(sizes or sizes_for(slots, positions, few=cuda)), compile)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -103,21 +121,20 @@ class DeviceModel:
 
     def tick(self, rows: Sequence[Row]) -> TickResult:
         adapted = any(row.adapter for row in rows)
-        slots = [row.slot for row in rows]
         with self._on_device():
-            inputs = self._loop.inputs[slots]
+            inputs = self._loop.inputs.clone()
             try:
                 return self._graphs[adapted].run(rows)
             except BaseException:
                 # The codec moves last or not at all; keys and values are written by position.
-                self._loop.inputs[slots] = inputs
+                self._loop.inputs.copy_(inputs)
                 raise
 
     def _draw(self, batch: StepBatch, length: int) -> Drawn:
         """Tensor operations alone: this is what a graph holds."""
         out = self._loop.step(batch, length)
         heard = out.healthy & ~out.ended & (batch.slots != self.slots)
-        pcm = self._mimi.step(batch.slots, out.codes, heard).clamp(-1.0, 1.0)
+        pcm = self._decode(batch.slots, out.codes, heard).clamp(-1.0, 1.0)
         return Drawn(out.codes, out.ended, out.healthy, pcm)
 
     def _make_graphs(self, recorder: Recorder) -> dict[bool, TickGraphs]:
@@ -127,6 +144,29 @@ class DeviceModel:
             adapted: TickGraphs(self._drawer(adapted), buffers, recorder, scratch=self.slots)
             for adapted in ((False, True) if self._bank else (False,))
         }
+
+    def _record(self, sizes: Sequence[Size], compile: bool) -> None:
+        try:
+            self._use_compiler(torch.compile if compile else None)
+            with _many_sizes() if compile else nullcontext():
+                for graphs in self._graphs.values():
+                    graphs.record(sizes)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler has many ways to fail, and is a help, not a need
+            if not compile:
+                raise
+            log.warning("going on without torch.compile, which failed: %s", first_line(error))
+            self._record(sizes, compile=False)
+
+    def _use_compiler(self, compiler: Callable[..., Any] | None) -> None:
+        """What lies between the matrix products, where that is worth a call. None: as written."""
+        made = compiler or _as_written
+        few = self._device.type == "cuda"
+        # The codec takes a compiler three times as long for any size as for one of them.
+        self._decode = made(self._mimi.step, dynamic=not few)
+        if few:
+            self._loop.fuse(partial(made, dynamic=True))
 
     def _drawer(self, adapted: bool) -> Callable[[StepBatch, int], Drawn]:
         def draw(batch: StepBatch, length: int) -> Drawn:

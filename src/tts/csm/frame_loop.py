@@ -12,16 +12,16 @@ captured as a CUDA graph for each (batch, length).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
-from src.tts.csm.layers import Layer, Norm, attend, attend_all, rotations
+from src.tts.csm.layers import Layer, Norm, attend, attend_all, gated, rotations
 from src.tts.csm.lora import add_adapters
-from src.tts.csm.sampler import Sampler
+from src.tts.csm.sampler import Sampler, pick
 from src.tts.csm.slot_cache import KvPrefix, SlotCache
 
 if TYPE_CHECKING:
@@ -148,6 +148,14 @@ class FrameLoop:
     def slot_bytes(self) -> int:
         """Memory that one more slot takes."""
         return self._cache.slot_bytes + int(self.inputs[0].nbytes)
+
+    def fuse(self, compiler: Callable[[Any], Any]) -> None:
+        """Have the parts between the matrix products compiled. On a GPU: on a processor a call of
+        something compiled costs what such a small part takes."""
+        self._sampler.pick = compiler(pick)
+        gate = compiler(gated)
+        for layer in (*self._layers, *self._depth_layers):
+            layer.gate = gate
 
     def embed_text(self, ids: Sequence[int]) -> Any:
         """Token ids to [n, hidden]."""

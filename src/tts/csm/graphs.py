@@ -89,9 +89,17 @@ class Recorder(Protocol):
 
 
 class CallRecorder:
-    """Repeats by calling again. Warms nothing up: nothing would be remembered."""
+    """Repeats by calling again. `once`: calls once while recording, for each number of rows, so
+    that whatever compiles itself at its first call has done so."""
+
+    def __init__(self, *, once: bool = False) -> None:
+        self._once = once
+        self._called: set[int] = set()
 
     def record(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
+        if self._once and size.rows not in self._called:
+            self._called.add(size.rows)
+            work()
         return work
 
     def mark(self, name: str) -> AbstractContextManager[None]:

@@ -37,6 +37,8 @@ class Layer:
         self._down = joined(mlp.down_proj).t()
         self._before_attention = Norm(module.input_layernorm)
         self._before_mlp = Norm(module.post_attention_layernorm)
+        self.gate = gated
+        """`gated`, or what a compiler made of it."""
 
     def project(self, x: Any, rotation: Any, adapted: bool) -> tuple[Any, Any, Any]:
         """Queries [rows, heads, D], keys and values [rows, kv_heads, D].
@@ -68,12 +70,17 @@ class Layer:
         both = torch.mm(y, self._gate_up)
         if adapted:
             add_adapters(both, y, mlp.gate_proj, mlp.up_proj)
-        gate, up = both.chunk(2, -1)
-        inner = F.silu(gate).mul_(up)
+        inner = self.gate(both)
         x = torch.addmm(x, inner, self._down)
         if adapted:
             add_adapters(x, inner, mlp.down_proj)
         return x
+
+
+def gated(both: Any) -> Any:
+    """[rows, 2 x inner], the gates before what they let pass; [rows, inner]."""
+    gate, passed = both.chunk(2, -1)
+    return F.silu(gate).mul_(passed)
 
 
 class Norm:

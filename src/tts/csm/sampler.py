@@ -6,7 +6,8 @@ depends neither on its neighbours nor on the device's random state, and a captur
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,6 +16,9 @@ MAX_TOP_K = 128
 
 _LOW = 0xFFFFFFFF
 _WINDOWS = 1 << 20
+
+
+Pick: TypeAlias = Callable[..., Any]
 
 
 class Sampler:
@@ -30,6 +34,8 @@ class Sampler:
         self._k = min(MAX_TOP_K, vocab)
         table = gumbel(mix(torch.arange(_WINDOWS + vocab)))
         self._noise = table.to(device)
+        self.pick = pick
+        """`pick`, or what a compiler made of it."""
 
     def plan(self, seeds: Any, frames: Any, temperature: Any, top_k: Any) -> Draw:
         """What a frame's draws have in common. int64[B], int64[B], float32[B] (0: greedy),
@@ -41,13 +47,23 @@ class Sampler:
         window = torch.where(greedy[:, None], 0, window)
         kth = torch.where(greedy, 1, top_k).clamp(1, self._k) - 1
         sharpness = torch.where(greedy, 1.0, 1.0 / temperature.clamp_min(1e-3))
-        return Draw(self._noise, self._k, window, kth[:, None], sharpness[:, None])
+        return Draw(self.pick, self._noise, self._k, window, kth[:, None], sharpness[:, None])
+
+
+def pick(values: Any, ids: Any, kth: Any, sharpness: Any, noise: Any, window: Any) -> Any:
+    """Of candidates [B, k] in order, the largest of the first `kth` + 1 after noise; int64[B]."""
+    kept = values >= values.gather(1, kth)
+    scores = torch.where(kept, values * sharpness + noise[window + ids], float("-inf"))
+    return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
 
 
 class Draw:
     """One frame's draws, a codebook at a time."""
 
-    def __init__(self, noise: Any, k: int, window: Any, kth: Any, sharpness: Any) -> None:
+    def __init__(
+        self, pick: Pick, noise: Any, k: int, window: Any, kth: Any, sharpness: Any
+    ) -> None:
+        self._pick = pick
         self._noise = noise
         self._k = k
         self._window = window
@@ -63,10 +79,8 @@ class Draw:
         values, ids = torch.topk(logits.float(), self._k, dim=-1)
         # The largest is NaN or infinite if any is: NaN sorts first.
         self._largest.append(values[:, 0])
-        kept = values >= values.gather(1, self._kth)
-        noise = self._noise[self._window[:, codebook, None] + ids]
-        scores = torch.where(kept, values * self._sharpness + noise, float("-inf"))
-        return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+        window = self._window[:, codebook, None]
+        return self._pick(values, ids, self._kth, self._sharpness, self._noise, window)
 
     def healthy(self) -> Any:
         """bool[B]: the logits of all draws so far were numbers."""
