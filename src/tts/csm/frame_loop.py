@@ -221,7 +221,10 @@ class FrameLoop:
         adapted = self._adapted
         x = self.inputs[batch.slots]
         turns = self._turns[batch.positions]
-        mask = (self._arange[:length] <= batch.positions[:, None])[:, None, None]
+        seen = self._arange[:length] <= batch.positions[:, None]
+        # What is added to the scores: made of booleans by every layer anew, it takes as long.
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, float("-inf"))
+        mask = mask[:, None, None]
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, turns, adapted)
             self._cache.write(index, batch.slots, batch.positions, k, v)

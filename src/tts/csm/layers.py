@@ -152,7 +152,7 @@ def rotations(rotary: Any, positions: int, device: Any, dtype: Any) -> Any:
 
 def attend(q: Any, keys: Any, values: Any, mask: Any) -> Any:
     """One query a row: `q` [rows, heads, D], `keys` and `values` [rows, kv_heads, length, D],
-    `mask` bool [rows, 1, 1, length] or None; [rows, heads x D].
+    `mask` [rows, 1, 1, length], bool or to be added, or None; [rows, heads x D].
 
     The query heads that share a key head become queries of that head: no copy of the keys for each
     of them, and no kernel that must know of groups.

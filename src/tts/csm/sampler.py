@@ -53,7 +53,7 @@ class Sampler:
 def pick(values: Any, ids: Any, kth: Any, sharpness: Any, noise: Any, window: Any) -> Any:
     """Of candidates [B, k] in order, the largest of the first `kth` + 1 after noise; int64[B]."""
     kept = values >= values.gather(1, kth)
-    scores = torch.where(kept, values * sharpness + noise[window + ids], float("-inf"))
+    scores = torch.where(kept, values * sharpness + noise.take(window + ids), float("-inf"))
     return ids.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
 
 
