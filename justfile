@@ -58,6 +58,14 @@ test-sesame *ARGS:
 bench *ARGS:
     uv run python -m benchmarks {{ARGS}}
 
+# Sesame's engine beside transformers' `generate`: tiny on the processor, `--size real` on a GPU.
+bench-csm *ARGS:
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models python -m benchmarks.csm {{ARGS}}
+
+# Is Sesame's engine right on this machine's GPU, and how fast? Needs no weights.
+check-sesame-gpu *ARGS:
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models python scripts/check_sesame_gpu.py {{ARGS}}
+
 # Rooms and the page as their users hear them, beside a stock AgentSession on the same LiveKit server.
 bench-livekit *ARGS:
     uv run python -m benchmarks.livekit {{ARGS}}

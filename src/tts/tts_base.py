@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from src.audio.pcm import Float32
-from src.tts.catalog import ModelMeta
+
+if TYPE_CHECKING:
+    from src.tts.catalog import ModelMeta
 
 RANDOM_WEIGHTS = "random-weights"
 """Tag of a model that speaks noise, for tests: nobody gets it who did not ask for it by name."""
