@@ -20,7 +20,7 @@ import torch
 
 from src.tts.csm.device_model import DeviceModel, sizes_for
 from src.tts.csm.frame_loop import FrameLoop, StepBatch
-from src.tts.csm.graphs import CallRecorder, Size, choose, every, powers_up_to
+from src.tts.csm.graphs import CallRecorder, Size, TickBuffers, choose, every, powers_up_to
 from src.tts.csm.mimi_stream import MimiStream
 from src.tts.csm.ports import Row, Sampling, TickResult, Voice
 from src.tts.csm.weights import CsmWeights, load_weights
@@ -45,7 +45,7 @@ class SpyRecorder(CallRecorder):
 
     def record(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
         if size.rows > self._most_rows:
-            raise torch.OutOfMemoryError("planned")
+            self._run_out(size)
         work()
         self.recorded += 1
 
@@ -54,6 +54,15 @@ class SpyRecorder(CallRecorder):
             work()
 
         return replay
+
+    def _run_out(self, size: Size) -> None:
+        try:
+            raise torch.OutOfMemoryError("planned")
+        except torch.OutOfMemoryError:
+            if size.length > 32:
+                raise
+            # As where the end of a capture fails because of what ended it.
+            raise RuntimeError("capture was invalidated")  # noqa: B904
 
 
 def graphed(weights: CsmWeights, slots: int, recorder: SpyRecorder, **options: Any) -> DeviceModel:
@@ -241,6 +250,30 @@ def test_a_prompt_longer_than_a_prefill_is_read_in_pieces(weights: CsmWeights) -
     torch.testing.assert_close(pieces.values, whole.values, atol=1e-5, rtol=1e-4)
 
 
+def test_a_slot_sounds_as_if_nobody_had_had_it_before(weights: CsmWeights) -> None:
+    model = DeviceModel(weights, slots=2, positions=POSITIONS)
+    first, second = Talk(model), Talk(model)
+    for talk in (first, second):
+        talk.join(1)
+        for _ in range(3):
+            talk.tick([1])
+    np.testing.assert_array_equal(first.codes[1], second.codes[1])
+    np.testing.assert_array_equal(first.pcm[1], second.pcm[1])
+
+
+def test_rows_that_fill_up_are_of_the_base_at_the_first_position() -> None:
+    buffers = TickBuffers(4, codebooks=2, samples=3, device=torch.device("cpu"))
+    rows = [Row(i, 90 + i, 5, 6, SAMPLING, adapter=2) for i in range(4)]
+    buffers.fill(rows, 4, scratch=9)
+    buffers.fill(rows[:1], 4, scratch=9)
+    batch = buffers.batch(4)
+    assert batch.slots.tolist() == [0, 9, 9, 9]
+    assert batch.positions.tolist() == [90, 0, 0, 0]
+    assert batch.adapters.tolist() == [2, 0, 0, 0]
+    assert batch.top_k.tolist() == [SAMPLING.top_k, 1, 1, 1]
+    assert batch.temperature.tolist() == pytest.approx([SAMPLING.temperature, 0, 0, 0])
+
+
 def test_an_end_mark_is_not_heard_by_the_codec(tiny_ending_pack: Path) -> None:
     """The frames after it sound as if it had not been."""
     weights = load_weights(tiny_ending_pack)
@@ -249,11 +282,15 @@ def test_an_end_mark_is_not_heard_by_the_codec(tiny_ending_pack: Path) -> None:
     talk.join(0)
     heard: list[np.ndarray] = []
     sound: list[np.ndarray] = []
-    while len(sound) < 3 or len(talk.codes[0]) == len(heard):
+    since_mark = -1
+    while since_mark < 3:
         result = talk.tick([0])
-        if not result.ended[0]:
-            heard.append(result.codes[0])
-            sound.append(result.pcm[0])
+        if result.ended[0]:
+            since_mark = 0
+            continue
+        since_mark += since_mark >= 0
+        heard.append(result.codes[0])
+        sound.append(result.pcm[0])
     codec = weights.model.codec_model
     whole = codec.decode(torch.from_numpy(np.stack(heard)).T[None]).audio_values[0, 0]
     np.testing.assert_allclose(np.concatenate(sound), whole.detach().numpy(), atol=2e-6)
@@ -292,7 +329,7 @@ def test_a_lora_voice_and_the_base_speak_in_one_tick(
     adapter_weights = read_adapter(make_adapter(tiny_pack, tmp_path, seed=3), tiny_pack)
     recorder = SpyRecorder()
     model = graphed(load_weights(tiny_pack), 2, recorder, max_adapters=2, max_rank=8)
-    before = recorder.recorded
+    before, layers = recorder.recorded, model._bank.generation  # type: ignore[union-attr]
     adapter = model.add_adapter(adapter_weights)
     together = Talk(model)
     together.join(0)
@@ -307,12 +344,15 @@ def test_a_lora_voice_and_the_base_speak_in_one_tick(
     model.remove_adapter(adapter)
     voice = model.add_adapter(adapter_weights)
     again = Talk(model)
+    again.join(0)
+    again.tick([0])  # of the base alone; the text after it is read with the adapter all the same
     again.join(1, Voice(adapter=voice))
     for _ in range(4):
         again.tick([1], adapters={1: voice})
     np.testing.assert_array_equal(again.codes[1], together.codes[1])
     assert not np.array_equal(again.codes[1], alone.codes[0])
     assert recorder.recorded == before
+    assert model._bank.generation == layers  # type: ignore[union-attr]
 
 
 def test_without_places_there_are_no_lora_voices(weights: CsmWeights) -> None:

@@ -13,6 +13,7 @@ and is tested without a GPU.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,10 @@ WARM_UP_RUNS = 2
 SEED_BITS = (1 << 63) - 1
 INTS = ("slots", "positions", "seeds", "frames", "top_k", "adapters")
 """The order of the int64 rows in one copy to the device."""
+
+
+_CAPTURING = threading.Lock()
+"""Of all models of the process one may capture at a time (torch.cuda.graph)."""
 
 
 class Size(NamedTuple):
@@ -127,8 +132,11 @@ class CudaGraphRecorder:
         self._warm_up(work)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another engine of this process may use the device meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+        with (
+            _CAPTURING,
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+            ),
         ):
             work()
         replay: Callable[[], None] = graph.replay
@@ -269,8 +277,8 @@ class TickGraphs:
         self._buffers.fill((), size.rows, self._scratch)
         try:
             self._replays[size] = self._recorder.record(size, self._work(size))
-        except torch.OutOfMemoryError:
-            if size.rows == 1:
+        except RuntimeError as error:
+            if size.rows == 1 or not _of_memory(error):
                 raise
             log.warning("out of memory while recording ticks of %d rows at %d positions; "
                         "such ticks will be made in smaller pieces", *size)  # fmt: skip
@@ -299,6 +307,15 @@ class TickGraphs:
             self._buffers.fetch(len(rows))
             self._recorder.wait()
         return self._buffers.result(len(rows))
+
+
+def _of_memory(error: BaseException | None) -> bool:
+    """The error that ends a capture may hide the one that it ended with."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False
 
 
 def joined(pieces: Sequence[TickResult]) -> TickResult:
