@@ -23,7 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO
 
-from src.common.processes import die_with, free_port
+from src.common.processes import free_port, tied
 from src.common.tasks import timeout
 
 log = logging.getLogger(__name__)
@@ -165,13 +165,12 @@ def _spawn(binary: Path, host: str, port: int, output: IO[bytes]) -> subprocess.
         "--dir": tempfile.gettempdir(),
     }
     return subprocess.Popen(  # noqa: S603  (the path was found by us, the options are ours)
-        [str(binary), *(part for pair in options.items() for part in pair)],
+        tied([str(binary), *(part for pair in options.items() for part in pair)]),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         # Ctrl-C in a terminal is for the parent, which then stops its child in its own time.
         start_new_session=True,
-        preexec_fn=die_with(os.getpid()),
     )
 
 

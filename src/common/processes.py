@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import random
 import signal
@@ -18,7 +17,18 @@ TAIL_LINES = 12
 # Longer than a worker drains (src/tts/worker.py).
 STOP_GRACE_S = 10.0
 POLL_S = 0.05
+_TIE = """
+import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+if os.getppid() != int(sys.argv[1]):  # it died before we asked
+    os._exit(1)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and that would be inherited
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
+"""
 _LOWEST_PORT, _KERNELS_PORTS = 15_000, 32_000
 _TRIES = 200
 _given: set[int] = set()
@@ -43,14 +53,13 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             process = await asyncio.create_subprocess_exec(
-                *argv,
+                *tied(argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=asyncio.subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
                 # Ctrl-C in a terminal is for the parent, which then stops its children in order.
                 start_new_session=True,
-                preexec_fn=die_with(os.getpid()),
             )
         return cls(name, process, log)
 
@@ -94,18 +103,15 @@ class Child:
         return ProcessFailed(f"{self.name} {what}; the end of {self.log}:\n{tail}")
 
 
-def die_with(parent: int) -> Callable[[], None]:
-    """For `preexec_fn`: a parent that is killed leaves nothing behind (Linux; else no-op)."""
+def tied(argv: Sequence[str]) -> list[str]:
+    """`argv` for a child that is sent SIGTERM when we end, however we end (Linux; else as it is).
+
+    The child asks for that itself and then becomes what it is to be. Not in a `preexec_fn`: that
+    takes a fork, which gRPC's threads do not survive (one child of fifteen aborted, grpcio 1.85).
+    """
     if sys.platform != "linux":
-        return lambda: None
-    libc = ctypes.CDLL(None)
-
-    def ask_the_kernel() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask_the_kernel
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *argv]
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:

@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
 from src.common.processes import Child, ProcessFailed, free_port, is_free
@@ -85,6 +86,27 @@ def _alive(pid: int) -> bool:
         return False
     # A zombie that nobody has reaped yet is dead enough.
     return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1][:3]
+
+
+async def test_children_start_while_grpc_works(tmp_path: Path) -> None:
+    """A plain fork would lose one in fifteen."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()
+        ended = [
+            await (await Child.start("true", ["true"], log=tmp_path / "log")).wait()
+            for _ in range(80)
+        ]
+    await server.stop(0)
+    assert ended == [0] * 80
+
+
+async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    child = await Child.start("nobody", ["no-such-program"], log=tmp_path / "log")
+    with pytest.raises(ProcessFailed, match="no-such-program: No such file"):
+        await child.ready(never, 30)
 
 
 def test_a_port_is_free_until_somebody_listens() -> None:
