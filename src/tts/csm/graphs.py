@@ -1,6 +1,6 @@
 """A tick over buffers that never move, recorded once per size and repeated after: CUDA graphs.
 
-Eager PyTorch spends 5-10 us on every kernel that it starts, and a frame of CSM is some 3,000 of
+Eager PyTorch spends 5-10 us on every kernel that it starts, and a frame of CSM is some 4,000 of
 them: more than the mathematics take. A graph starts all of them at once, but it repeats the very
 same addresses and shapes. So a tick's rows go into fixed buffers, filled up to the next recorded
 size with rows that work on a scratch slot, and attention looks at the next recorded length.
