@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.audio.pcm import Float32
-from src.tts.csm.paced_words import USUAL_MS, PacedWords, WordPace
+from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.words import estimate_words, weight
 from tests.audio_fixtures import RATE as MIC_RATE
 from tests.audio_fixtures import espeak_speech

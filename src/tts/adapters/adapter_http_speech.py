@@ -18,7 +18,7 @@ from src.tts.adapters.http_server import SpeechServer
 from src.tts.adapters.http_settings import SPEED, HttpSettings, read_http_settings
 from src.tts.adapters.settings import helps, match_language
 from src.tts.catalog import ModelMeta
-from src.tts.csm.paced_words import USUAL_MS, PacedWords, WordPace
+from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.tts_base import AdapterCapabilities, CancelToken, PcmChunk, Segment, VoiceSpec
 
 _SETTINGS = {"speed": SPEED}

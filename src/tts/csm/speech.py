@@ -12,8 +12,8 @@ from src.tts.adapters.settings import match_language
 from src.tts.csm.engine import Engine, Slot
 from src.tts.csm.engines import Lease
 from src.tts.csm.options import SEED, whole_number
-from src.tts.csm.paced_words import PacedWords, WordPace
 from src.tts.csm.ports import Voice
+from src.tts.paced_words import PacedWords, WordPace
 from src.tts.segmenter import speakable
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 
