@@ -1,8 +1,9 @@
 """When is which word said, while a segment is still being made? Pure.
 
-For engines that do not say, and stream before they know. A segment's words are laid out by their weight (words.py) at the pace that the
-voice has had so far, over the audible part of what has come: silence moves nobody on. What is left
-when the segment ends was said before its end. All of it is `estimated`.
+For engines that do not say, and stream before they know. A segment's words are laid out by their
+weight (words.py) at the pace that the voice has had so far, over the audible part of what has come:
+silence moves nobody on. What is left when the segment ends was said before its end. All of it is
+`estimated`.
 """
 
 from __future__ import annotations
