@@ -35,7 +35,7 @@ window.told = (type, fields = {}) => log
   .filter((entry) => entry.type === type)
   .map(({ detail }) => (type === 'event' ? detail.event : detail))
   .filter((detail) => Object.entries(fields).every(([key, value]) => detail[key] === value));
-window.level = () => log.findLast((entry) => entry.type === 'level')?.detail;
+window.level = () => log.findLast((entry) => entry.type === 'level')?.detail ?? {};
 window.streams = [];
 const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
 navigator.mediaDevices.getUserMedia = async (wanted) => {
