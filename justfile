@@ -40,7 +40,7 @@ test *ARGS:
     uv run pytest {{ARGS}}
 
 # What must pass before anything lands.
-ci: lint typecheck test test-sesame
+ci: lint typecheck test (test-family "sesame") (test-family "xtts") (test-family "parler")
 
 # The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
 test-worker PYTHON="3.10":
@@ -50,21 +50,29 @@ test-worker PYTHON="3.10":
 test-python PYTHON *ARGS:
     UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest {{ARGS}}
 
-# The Sesame engine on small random models, with torch, in a venv of its own. No weights, no GPU.
-test-sesame *ARGS:
-    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models pytest {{ if ARGS == "" { "tests/sesame" } else { ARGS } }}
+# `just test-family xtts`, `parler`, `sesame`, `piper`; cosyvoice, spark and melo are no packages: their sources
+# lie where COSYVOICE_HOME, SPARK_HOME and MELO_HOME say.
+# A family's real package on small random weights, in a venv of its own. No weights, no GPU.
+test-family NAME *ARGS: (_in (if NAME == "piper" { "" } else { NAME }) "pytest" (if NAME == "piper" { "tests/unit/test_piper_adapter.py" } else { "tests/families/" + NAME }) ARGS)
+
+# A command in a family's own environment: .venv-<family>, with the family's extra and without the embedded
+# models. Without a family, in the default one. UV_PYTHON picks another Python, and another venv.
+_in FAMILY *COMMAND:
+    {{ if FAMILY == "" { "" } else { "UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-" + FAMILY + if env("UV_PYTHON", "") == "" { "" } else { "-" + env("UV_PYTHON") } } }} \
+        uv run {{ if FAMILY == "" { "" } else { "--extra " + FAMILY + " --no-group local-models" } }} {{COMMAND}}
 
 # Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
 bench *ARGS:
     uv run python -m benchmarks {{ARGS}}
 
 # Sesame's engine beside transformers' `generate`: tiny on the processor, `--size real` on a GPU.
-bench-csm *ARGS:
-    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models python -m benchmarks.csm {{ARGS}}
+bench-csm *ARGS: (_in "sesame" "python -m benchmarks.csm" ARGS)
 
 # Is Sesame's engine right on this machine's GPU, and how fast? Needs no weights.
-check-sesame-gpu *ARGS:
-    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models python scripts/check_sesame_gpu.py {{ARGS}}
+check-sesame-gpu *ARGS: (_in "sesame" "python scripts/check_sesame_gpu.py" ARGS)
+
+# A family's adapter beside its bare package, on small random weights: `just bench-families xtts`.
+bench-families NAME *ARGS: (_in (if NAME == "piper" { "" } else { NAME }) "python -m benchmarks.families" NAME ARGS)
 
 # Rooms and the page as their users hear them, beside a stock AgentSession on the same LiveKit server.
 bench-livekit *ARGS:
@@ -101,21 +109,29 @@ build-plugin:
     uv run python scripts/build_plugin.py
 
 # ===== Runtime =====
-# Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just run-tts-cosy DEFAULT=cosyvoice2-en-base`.
+# Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just # CosyVoice 2 where COSYVOICE_HOME names its sources; without them the stand-in voice speaks under its name.
+run-tts-cosy DEFAULT="cosyvoice2-en-base" PRELOAD="" PORT="7001" DEVICE="": (_run-tts (if env("COSYVOICE_HOME", "") == "" { "" } else { "cosyvoice" }) "cosyvoice2" DEFAULT PRELOAD PORT DEVICE)
 
-run-tts-cosy DEFAULT="cosyvoice2-en-base" PRELOAD="" PORT="7001": (_run-tts "cosyvoice2" DEFAULT PRELOAD PORT)
+# `just run-tts-sesame tiny-csm-random` tries the engine without weights, and speaks noise.
+# Sesame CSM; without weights it says what to download and where to put it. DEVICE: a GPU if there is one.
+run-tts-sesame DEFAULT="sesame-csm-1b" PRELOAD="" PORT="7001" DEVICE="": (_run-tts "sesame" "sesame" DEFAULT PRELOAD PORT DEVICE)
 
-# `just run-tts-sesame tiny-csm-random` tries the engine without weights, and speaks noise. DEVICE: a GPU if there is one.
-# Sesame CSM, in the environment of `test-sesame`; without weights it says what to download and where to put it.
-run-tts-sesame DEFAULT="sesame-csm-1b" PRELOAD="" PORT="7001" DEVICE="":
+# These are in an environment of their own, too, and also say what to download.
+run-tts-xtts DEFAULT="xtts-v2-en" PRELOAD="" PORT="7001" DEVICE="": (_run-tts "xtts" "xtts" DEFAULT PRELOAD PORT DEVICE)
+
+run-tts-parler DEFAULT="parler-tts-mini-v1" PRELOAD="" PORT="7001" DEVICE="": (_run-tts "parler" "parler_tts" DEFAULT PRELOAD PORT DEVICE)
+
+run-tts-spark DEFAULT="spark-tts-0.5b" PRELOAD="" PORT="7001" DEVICE="": (_run-tts "spark" "spark_tts" DEFAULT PRELOAD PORT DEVICE)
+
+run-tts-melo DEFAULT="melo-en" PRELOAD="" PORT="7001" DEVICE="": (_run-tts "melo" "melo" DEFAULT PRELOAD PORT DEVICE)
+
+run-tts-piper DEFAULT="piper-en-joe" PRELOAD="" PORT="7002": (_run-tts "" "piper" DEFAULT PRELOAD PORT "cpu")
+
+# Without an environment of its own, a family that is not installed is spoken for by the stand-in voice.
+_run-tts FAMILY ADAPTER DEFAULT PRELOAD PORT DEVICE:
     device="{{trim_start_match(DEVICE, 'DEVICE=')}}"; \
         [ -n "$device" ] || device=$(nvidia-smi -L >/dev/null 2>&1 && echo cuda:0 || echo cpu); \
-        UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-sesame uv run --extra sesame --no-group local-models watchfiles --filter python "python -m src.tts.worker --adapter sesame --port {{trim_start_match(PORT, 'PORT=')}} --device $device --default_model {{trim_start_match(DEFAULT, 'DEFAULT=')}} {{ if trim_start_match(PRELOAD, 'PRELOAD=') == '' { '' } else { '--preload_models ' + trim_start_match(PRELOAD, 'PRELOAD=') } }}" src configs
-
-run-tts-piper DEFAULT="piper-en-joe" PRELOAD="" PORT="7002": (_run-tts "piper" DEFAULT PRELOAD PORT)
-
-_run-tts ADAPTER DEFAULT PRELOAD PORT:
-    uv run watchfiles --filter python "python -m src.tts.worker --adapter {{ADAPTER}} --port {{trim_start_match(PORT, 'PORT=')}} --default_model {{trim_start_match(DEFAULT, 'DEFAULT=')}} {{ if trim_start_match(PRELOAD, 'PRELOAD=') == '' { '' } else { '--preload_models ' + trim_start_match(PRELOAD, 'PRELOAD=') } }} --allow_fallback" src configs
+        just _in "{{FAMILY}}" watchfiles --filter python "'python -m src.tts.worker --adapter {{ADAPTER}} --port {{trim_start_match(PORT, 'PORT=')}} --device $device --default_model {{trim_start_match(DEFAULT, 'DEFAULT=')}} {{ if trim_start_match(PRELOAD, 'PRELOAD=') == '' { '' } else { '--preload_models ' + trim_start_match(PRELOAD, 'PRELOAD=') } }} {{ if FAMILY == "" { "--allow_fallback" } else { "" } }}'" src configs
 
 # Starts an embedded registry by itself when there is none.
 run-orch *ARGS:

@@ -269,6 +269,19 @@ async def test_a_browser_that_waits_for_a_click_is_asked_once(page: TalkingPage)
     assert len(await page.told("trouble")) == 1
 
 
+async def test_a_click_that_changed_nothing_is_asked_for_again(page: TalkingPage) -> None:
+    await page.run(
+        """window.AudioContext = class extends AudioContext {
+          constructor(wanted) { super(wanted); this.suspend(); }
+          resume() { return new Promise(() => {}); }
+        }, 0"""
+    )
+    await page.live(mic=False)
+    await page.run("log.length = 0, session.resume()")
+    shown = await page.until_told("trouble")
+    assert (shown["code"], shown["fatal"]) == ("autoplay", False)
+
+
 async def test_another_voice_takes_over_at_the_next_utterance(page: TalkingPage) -> None:
     await page.live()
     await page.run("session.switchModel('no-such-model')")

@@ -17,7 +17,8 @@ from src.tts.csm.engines import Lease, SharedEngines
 from src.tts.csm.opening import pack_folder
 from src.tts.csm.ports import Sampling, Voice
 from src.tts.csm.speech import SesameModel
-from src.tts.csm.voices import Reference, load_voices, read_references
+from src.tts.csm.voices import load_voices
+from src.tts.recordings import Reference, read_references
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 from tests.fake_csm import FRAME_SAMPLES, FakeCsmModel, FakePrefix, expected
 

@@ -134,9 +134,13 @@ export class VoiceSession extends EventTarget {
 
   /** From a click, after `trouble` autoplay. */
   async resume() {
-    this.#askedForClick = false;
-    await this.#audio?.resume();
+    // What is on its way until both have taken the click is no reason to ask for another one.
+    this.#askedForClick = true;
+    const audio = this.#audio;
+    const begun = await audio?.resume();
     await this.#transport?.resume();
+    this.#askedForClick = false;
+    if (begun === false && audio === this.#audio) this.#show(trouble('autoplay'));
   }
 
   // --- parts ---

@@ -14,6 +14,10 @@ _MODULES = {
     "cosyvoice2": "src.tts.adapters.adapter_cosyvoice2:CosyVoice2Adapter",
     "sesame": "src.tts.adapters.adapter_sesame:SesameAdapter",
     "unsloth_sesame": "src.tts.adapters.adapter_unsloth_sesame:UnslothSesameAdapter",
+    "xtts": "src.tts.adapters.adapter_xtts:XttsAdapter",
+    "spark_tts": "src.tts.adapters.adapter_spark_tts:SparkTtsAdapter",
+    "parler_tts": "src.tts.adapters.adapter_parler_tts:ParlerTtsAdapter",
+    "melo": "src.tts.adapters.adapter_melo:MeloAdapter",
     "http": "src.tts.adapters.adapter_http_speech:HttpSpeechAdapter",
 }
 FAMILIES = tuple(_MODULES)

@@ -14,7 +14,8 @@ from src.tts.catalog import ModelMeta
 from src.tts.csm.opening import open_engine, pack_folder
 from src.tts.csm.options import SesameOptions, read_options
 from src.tts.csm.speech import SETTINGS, SesameModel
-from src.tts.csm.voices import load_voices, read_references
+from src.tts.csm.voices import load_voices
+from src.tts.recordings import read_references
 from src.tts.tts_base import RANDOM_WEIGHTS, AdapterCapabilities
 
 INSTALL = "uv sync --extra sesame  (PyTorch and transformers; Python 3.11 or newer)"
@@ -39,7 +40,7 @@ class SesameAdapter:
         progress: Callable[[float], None],
     ) -> SesameModel:
         """`meta.settings` are those of csm/options.py; the files are a folder as `from_pretrained`
-        reads it, and the recordings of csm/voices.py.
+        reads it, and the recordings of src/tts/recordings.py.
 
         Raises besides: InvalidArgument for a device that does not exist, for settings out of range
         and for a recording that makes no voice prompt, Unavailable where memory is short.

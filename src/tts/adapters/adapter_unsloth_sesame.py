@@ -21,7 +21,8 @@ from src.tts.csm.engine import Engine
 from src.tts.csm.opening import open_engine
 from src.tts.csm.options import read_options
 from src.tts.csm.speech import SETTINGS, SesameModel
-from src.tts.csm.voices import load_voices, read_references
+from src.tts.csm.voices import load_voices
+from src.tts.recordings import read_references
 from src.tts.tts_base import AdapterCapabilities
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class UnslothSesameAdapter:
         """`meta.settings` are those of csm/options.py and `base`: the folder of the base's voice
         pack, or its model id where both lie among the same voice packs; `max_adapters` is 4 where
         it is not set. The files are a folder as peft writes it, and the recordings of
-        csm/voices.py.
+        src/tts/recordings.py.
 
         Raises besides what SesameAdapter.load raises: CorruptModel for an adapter of another base,
         Exhausted when all places for LoRA voices on this base are taken, FailedPrecondition while

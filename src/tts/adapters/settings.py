@@ -5,14 +5,35 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from src.rpc.errors import InvalidArgument, UnknownName
 from src.tts.tts_base import MissingPackage
 
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Setting(Protocol[T_co]):
+    """One thing that a session or a catalog entry may set; what they write is text."""
+
+    @property
+    def default(self) -> T_co: ...
+
+    @property
+    def help(self) -> str:
+        """A sentence on what it does and which values it takes."""
+        ...
+
+    def read(self, name: str, raw: str) -> T_co:
+        """Raises InvalidArgument, or UnknownName where a list of names is all that it takes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A number that a session may set."""
+    """A number."""
 
     low: float
     high: float
@@ -36,22 +57,65 @@ class Range:
         return value
 
 
-def helps(ranges: Mapping[str, Range]) -> dict[str, str]:
-    """`AdapterCapabilities.settings` for these ranges."""
-    return {name: entry.help for name, entry in ranges.items()}
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few names."""
+
+    options: tuple[str, ...]
+    default: str
+    what: str
+
+    @property
+    def help(self) -> str:
+        return f"{self.what}: {', '.join(self.options)} (default {self.default})"
+
+    def read(self, name: str, raw: str) -> str:
+        """Raises UnknownName with the nearest option."""
+        wanted = raw.strip().lower()
+        if wanted not in self.options:
+            raise UnknownName.among(f"value of setting {name!r}:", raw, self.options)
+        return wanted
 
 
-def read_settings(ranges: Mapping[str, Range], *layers: Mapping[str, str]) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A text for the model to read, not to say."""
+
+    longest: int
+    what: str
+    default: str = ""
+
+    @property
+    def help(self) -> str:
+        said = f" (default {self.default!r})" if self.default else ""
+        return f"{self.what}, up to {self.longest} characters{said}"
+
+    def read(self, name: str, raw: str) -> str:
+        """On one line. Raises InvalidArgument for one that is too long."""
+        text = " ".join(raw.split())
+        if len(text) > self.longest:
+            raise InvalidArgument(
+                f"setting {name!r} takes up to {self.longest} characters, got {len(text)}"
+            )
+        return text
+
+
+def helps(known: Mapping[str, Setting[object]]) -> dict[str, str]:
+    """`AdapterCapabilities.settings` for these."""
+    return {name: entry.help for name, entry in known.items()}
+
+
+def read_settings(known: Mapping[str, Setting[T]], *layers: Mapping[str, str]) -> dict[str, T]:
     """Every setting's value: its default, or what the last layer that names it says.
 
-    Raises UnknownName for a key that is not in `ranges`, InvalidArgument for a bad value.
+    Raises UnknownName for a key that is not in `known`, and what `Setting.read` raises.
     """
-    values = {name: entry.default for name, entry in ranges.items()}
+    values = {name: entry.default for name, entry in known.items()}
     for layer in layers:
         for name, raw in layer.items():
-            if name not in ranges:
-                raise UnknownName.among("setting", name, ranges)
-            values[name] = ranges[name].read(name, raw)
+            if name not in known:
+                raise UnknownName.among("setting", name, known)
+            values[name] = known[name].read(name, raw)
     return values
 
 

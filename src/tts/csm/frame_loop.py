@@ -3,8 +3,8 @@
 A frame is one backbone step on the row's input (codebook 0 from its logits), then one pass of the
 depth decoder for each further codebook; its own codes are the row's next input. The loop uses the
 modules of `CsmForConditionalGeneration` and none of its `generate`, which makes a cache a frame,
-stops for nobody and cannot take a row in while it runs. tests/sesame/test_frame_loop.py holds the
-two equal.
+stops for nobody and cannot take a row in while it runs. tests/families/sesame/test_frame_loop.py
+holds the two equal.
 
 `step` is tensor operations on static shapes and no more: nothing waits for the device, so it can be
 captured as a CUDA graph for each (batch, length).

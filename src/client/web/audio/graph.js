@@ -13,7 +13,9 @@ import { WIRE_RATE } from './ring-player.js';
 const WORKLETS = ['capture', 'player', 'tap'];
 /** Sample rates of the protocol. */
 const RATES = [8000, 16000, 24000, 32000, 44100, 48000];
-const RESUME_PATIENCE_MS = 500;
+// How long sound may take to begin before a click is asked for, and after one.
+const START_PATIENCE_MS = 500;
+const CLICK_PATIENCE_MS = 3000;
 /** A sound that has ended in the mixer is still on its way out of it. */
 const MIXER_TAIL_MS = 200;
 
@@ -70,7 +72,7 @@ export class AudioGraph {
       const graph = new AudioGraph(context, listeners, echoDb);
       if (stream) graph.#use(stream);
       if (speakerId) await graph.setSpeaker(speakerId);
-      await graph.resume();
+      await graph.#begin();
       return graph;
     } catch (error) {
       stream?.getTracks().forEach((track) => track.stop());
@@ -189,12 +191,11 @@ export class AudioGraph {
     await context.setSinkId?.(id === 'default' ? '' : id).catch(() => {});
   }
 
-  /** From a click, when the browser did not let sound begin. */
-  async resume() {
-    const patience = new Promise((done) => setTimeout(done, RESUME_PATIENCE_MS));
+  /** From a click, when the browser did not let sound begin. Resolves to whether it has now. */
+  async resume(patienceMs = CLICK_PATIENCE_MS) {
+    const patience = new Promise((done) => setTimeout(done, patienceMs));
     await Promise.race([this.#context.resume(), patience]);
-    const blocked = this.#context.state !== 'running';
-    if (blocked && !this.#closed) this.#listeners.trouble(trouble('autoplay'));
+    return this.#context.state === 'running';
   }
 
   async close() {
@@ -254,7 +255,12 @@ export class AudioGraph {
   /** A phone call or a sleeping machine stops the clock that everything here runs on. */
   #onState() {
     if (this.#closed || this.#context.state === 'running') return;
-    void this.resume();
+    void this.#begin();
+  }
+
+  async #begin() {
+    const begun = await this.resume(START_PATIENCE_MS);
+    if (!begun && !this.#closed) this.#listeners.trouble(trouble('autoplay'));
   }
 
   /** A test's own echo, which no echo canceller can see. */

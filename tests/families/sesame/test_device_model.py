@@ -324,7 +324,7 @@ def test_a_lora_voice_and_the_base_speak_in_one_tick(
 ) -> None:
     """Each as it does alone, and without recording anything anew."""
     from src.tts.csm.lora import read_adapter
-    from tests.sesame.lora_packs import make_adapter
+    from tests.families.sesame.lora_packs import make_adapter
 
     adapter_weights = read_adapter(make_adapter(tiny_pack, tmp_path, seed=3), tiny_pack)
     recorder = SpyRecorder()

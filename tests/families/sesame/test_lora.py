@@ -19,7 +19,7 @@ from src.tts.csm.frame_loop import FrameLoop, StepBatch
 from src.tts.csm.lora import AdapterWeights, LoraBank, read_adapter
 from src.tts.csm.tiny import make_tiny_pack
 from src.tts.csm.weights import CsmWeights, load_weights
-from tests.sesame.lora_packs import edit_config, keys, load_base, make_adapter, rewrite
+from tests.families.sesame.lora_packs import edit_config, keys, load_base, make_adapter, rewrite
 
 RANK = 8
 TEXT = torch.tensor([[3, 10, 40, 7, 91, 5]])

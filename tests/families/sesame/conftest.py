@@ -1,26 +1,14 @@
-"""These tests run real torch modules. `just test-sesame` brings them; the default installation does
-not, and leaves this folder out."""
+"""Voice packs of Sesame's architecture, with random weights."""
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-collect_ignore_glob = [] if find_spec("torch") else ["test_*.py"]
+from tests.families import left_out_without
 
-# Nothing here may ask the hub for anything, not even whether it knows a newer file.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Many small products on two cores: a second thread costs more than it does."""
-    import torch
-
-    torch.set_num_threads(1)
+collect_ignore_glob = left_out_without("torch", "transformers", "peft")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ from src.tts.csm.speech import SesameModel
 from src.tts.csm.tiny import make_tiny_pack
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from src.tts.worker import Worker
-from tests.sesame.lora_packs import make_adapter
+from tests.families.sesame.lora_packs import make_adapter
 
 ROOT = Path(__file__).parents[2]
 BASE, ADA, BOB = "sesame-tiny", "unsloth_sesame-ada", "unsloth_sesame-bob"

@@ -1,0 +1,85 @@
+"""What every family that runs on torch does alike: devices, weights, memory, manners of its import.
+
+torch is imported inside the functions only.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from src.rpc.errors import CorruptModel, InvalidArgument
+
+
+def check_device(model_id: str, device: str) -> Any:
+    """The `torch.device`. Raises InvalidArgument for one that this machine does not have."""
+    import torch
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise InvalidArgument(
+            f"{model_id}: {device!r} names no device; try cpu or cuda:0"
+        ) from None
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        if (wanted.index or 0) >= count:
+            has = f"has {count} of them" if count else "has none, or its torch cannot use it"
+            raise InvalidArgument(f"{model_id}: asked for {device}, and this machine {has}")
+    return wanted
+
+
+def load_plain(model_id: str, path: Path, device: Any = "cpu") -> Any:
+    """A checkpoint that holds tensors, numbers and texts alone.
+
+    Raises CorruptModel for one that cannot be read, and for one with pickled objects in it, which
+    could run anything while they are read: with the command that turns it into a plain one.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CorruptModel(
+            f"{model_id}: {path.name} holds pickled objects, which may run any code, so it is not "
+            f"read. If you trust its maker: uv run just voicepack-convert {path}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CorruptModel(f"{model_id}: {path.name} cannot be read: {error}") from error
+
+
+def give_back_memory(device: str) -> None:
+    """After the last reference to a model is gone. Not between utterances: it stalls the others."""
+    gc.collect()
+    if device.startswith("cuda") and (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def well_behaved() -> Iterator[None]:
+    """Around a family's import and load: the root logger and the random generators are afterwards
+    as they were, and nothing asks a hub for files."""
+    import numpy as np
+    import torch
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        torch.set_rng_state(drawn[2])
