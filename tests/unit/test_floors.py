@@ -20,7 +20,7 @@ MAY_IMPORT = {**GROUND, **ROOMS}
 MATHEMATICS = ROOT / "src" / "tts" / "csm"
 # A worker must start where none of these is installed.
 HEAVY = {
-    "TTS", "cosyvoice", "matcha", "melo", "parler_tts", "sparktts", "hyperpyyaml", "omegaconf", "nvtx",
+    "TTS", "cosyvoice", "matcha", "melo", "parler_tts", "sparktts", "hyperpyyaml", "omegaconf",
     "av", "torch", "torchaudio", "transformers", "peft", "livekit", "faster_whisper", "ctranslate2",
     "whisper", "onnxruntime", "piper", "espeakng_loader", "xllamacpp", "aiohttp", "sounddevice",
 }  # fmt: skip

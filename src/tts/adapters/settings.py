@@ -10,7 +10,6 @@ from typing import Protocol, TypeVar
 from src.rpc.errors import InvalidArgument, UnknownName
 from src.tts.tts_base import MissingPackage
 
-
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
