@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from src.rpc.errors import InvalidArgument
 from src.rpc.generated.tts_pb2 import TextChunk
-from src.tts.segmenter import Segmenter
+from src.tts.segmenter import Segmenter, SegmenterLimits
 from src.tts.tts_base import Segment
 
 MAX_TEXT_CHARS = 100_000
@@ -15,11 +15,12 @@ _PIECE_CHARS = 2_000
 
 
 class TextIntake:
-    """Chunks in, segments out; straight through for a family that takes text as it is written."""
+    """Chunks in, segments out; straight through without `limits`, for a family that takes text as
+    it is written."""
 
-    def __init__(self, session_id: str, utterance_id: str, *, incremental: bool) -> None:
+    def __init__(self, session_id: str, utterance_id: str, limits: SegmenterLimits | None) -> None:
         self._ids = {"session_id": session_id, "utterance_id": utterance_id}
-        self._segmenter = None if incremental else Segmenter()
+        self._segmenter = Segmenter(limits) if limits else None
         self._chars = 0
         self.final = False
 

@@ -16,7 +16,7 @@ import unicodedata
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from src.tts.tts_base import Segment
+from src.tts.tts_base import AdapterCapabilities, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,18 @@ class SegmenterLimits:
     later_clause: int = 80
     max_chars: int = 140
     """No piece is longer: one piece is one run of the engine, and another session waits for it."""
+
+
+STREAMED = SegmenterLimits(first_words=8, first_reach=72)
+"""For a family that streams: only the writer makes a long first piece late, and a short one sounds
+as if the speaker had wanted to stop there."""
+
+
+def limits_for(family: AdapterCapabilities) -> SegmenterLimits | None:
+    """None: its text is not cut, the family takes it as it is written."""
+    if family.incremental_text:
+        return None
+    return STREAMED if family.streams else SegmenterLimits()
 
 
 class _Break(Enum):

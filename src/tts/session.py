@@ -11,6 +11,7 @@ from src.common.tasks import timeout
 from src.rpc.errors import FailedPrecondition, NotFound
 from src.rpc.generated import tts_pb2 as pb
 from src.tts.leases import Lease
+from src.tts.segmenter import limits_for
 from src.tts.synthesis import Voicing
 from src.tts.tts_base import VoiceSpec
 from src.tts.utterance import Stage, Utterance, Write
@@ -103,7 +104,7 @@ class Session:
             model=lease.model,
             spec=self.spec,
             codec=self.codec,
-            incremental_text=lease.capabilities.incremental_text,
+            limits=limits_for(lease.capabilities),
             own_engine=lease.capabilities.own_engine,
         )
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from src.audio.loudness import Loudness
 from src.common.clock import Clock
+from src.common.nvtx import nvtx_range
 from src.rpc.errors import DuplexError, Internal
 from src.rpc.generated import tts_pb2 as pb
 from src.tts.handover import ComputeTurn, FrameQueue, SegmentFeed
 from src.tts.render import Renderer
 from src.tts.run_gate import RunGate
+from src.tts.segmenter import SegmenterLimits
 from src.tts.tts_base import CancelToken, Model, PcmChunk, VoiceSpec, WordMark
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ class Voicing:
     model: Model
     spec: VoiceSpec
     codec: pb.Codec
-    incremental_text: bool
+    limits: SegmenterLimits | None
+    """How its text is cut; None: not at all, the family takes it as it is written."""
     own_engine: bool = False
 
 
@@ -51,6 +54,7 @@ class Synthesis:
         self.first_chunk_ms = 0.0
         """What the engine took for its first chunk, without waiting for text."""
         self._voicing = voicing
+        self._step_name = f"tts {voicing.family}"
         self._frames = frames
         self._loudness = loudness
         self._clock = clock
@@ -100,7 +104,8 @@ class Synthesis:
         self._turn.take()
         started, waited = self._clock.now_ms(), self.feed.waited_ms
         try:
-            chunk = next(stream, None)
+            with nvtx_range(self._step_name):
+                chunk = next(stream, None)
         finally:
             self._turn.give()
         took = self._clock.now_ms() - started - (self.feed.waited_ms - waited)

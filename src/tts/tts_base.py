@@ -111,6 +111,8 @@ class AdapterCapabilities:
     emotive_zero_prompt: bool = False
     # True: `stream` takes text as it is written. False: it gets whole clauses from the segmenter.
     incremental_text: bool = False
+    # True: a segment's first sound comes before the segment is made, however long it is.
+    streams: bool = False
     # False: the family has no alignment; its word times are estimates.
     word_times: bool = False
     # True: the engine computes on a thread of its own, for all streams together; `stream` only

@@ -53,9 +53,7 @@ class Utterance:
         self._alarm = Alarm()
         self._playout = Playout(stage.policy.ahead(lead_ms))
         self._frames = FrameQueue(self._playout, stage.clock, self._alarm)
-        self._intake = TextIntake(
-            lease.session_id, utterance_id, incremental=voicing.incremental_text
-        )
+        self._intake = TextIntake(lease.session_id, utterance_id, voicing.limits)
         self._loudness = self._leveller()
         self._synthesis = Synthesis(
             voicing, self._frames, self._loudness, stage.pool.compute, stage.clock

@@ -54,7 +54,7 @@ async def sung(choir: Choir, gate: RunGate, *, own_engine: bool) -> list[BaseExc
     """The error, if any, of each of the streams, which all run at once."""
     clock, queues, threads = MonotonicClock(), [], []
     voicing = Voicing(
-        "choir", "choir", choir, VoiceSpec("one", "en"), pb.CODEC_PCM_S16LE, False, own_engine
+        "choir", "choir", choir, VoiceSpec("one", "en"), pb.CODEC_PCM_S16LE, None, own_engine
     )
     for _ in range(STREAMS):
         queue = FrameQueue(Playout(PlayoutPolicy()), clock, Alarm())

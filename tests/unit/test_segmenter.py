@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.tts.segmenter import Segmenter, SegmenterLimits, soften_stops, speakable
-from src.tts.tts_base import Segment
+from src.tts.segmenter import (
+    STREAMED,
+    Segmenter,
+    SegmenterLimits,
+    limits_for,
+    soften_stops,
+    speakable,
+)
+from src.tts.tts_base import AdapterCapabilities, Segment
 
 PROSE = st.text(
     st.sampled_from("abcdeABI 15.,!?;:…—\n\"'*_#`()好，。😀\u0301\u200d\x00-"), max_size=400
@@ -185,3 +192,15 @@ def test_soften_stops_keeps_places_and_sentence_ends() -> None:
     softened = soften_stops(text)
     assert softened == "Dr  Smith is here. 1. First, at 3.14 p.m  Then"
     assert soften_stops("1. First") == "1, First"
+
+
+def test_a_family_that_streams_is_not_cut_as_early_as_one_that_makes_whole_pieces() -> None:
+    text = "The keeper of the old lighthouse counted every ship that passed by in the night. Then"
+    whole, streamed = SegmenterLimits(), limits_for(AdapterCapabilities(streams=True))
+    assert limits_for(AdapterCapabilities()) == whole
+    assert limits_for(AdapterCapabilities(streams=True, incremental_text=True)) is None
+    assert streamed == STREAMED
+    assert Segmenter(whole).push(text)[0].text == "The keeper of the old"
+    assert (
+        Segmenter(streamed).push(text)[0].text == "The keeper of the old lighthouse counted every"
+    )

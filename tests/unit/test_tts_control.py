@@ -15,6 +15,7 @@ from src.rpc.generated import tts_pb2 as pb
 from src.tts.intake import MAX_TEXT_CHARS, TextIntake
 from src.tts.playout import Overflow, PlayoutPolicy
 from src.tts.pool import MAX_WAITING
+from src.tts.segmenter import SegmenterLimits
 from src.tts.sessions import MAX_LEAD_MS
 from tests.unit.tone_worker import (
     FRAMES_PER_WORD,
@@ -343,7 +344,7 @@ async def test_a_megabyte_of_text_is_refused_with_the_limit(worker: ToneWorker) 
 
 
 def test_the_limit_counts_all_chunks_together() -> None:
-    intake = TextIntake("s1", "u1", incremental=False)
+    intake = TextIntake("s1", "u1", SegmenterLimits())
     half = "word " * (MAX_TEXT_CHARS // 10)
     assert list(intake.take(chunk(half)))
     assert list(intake.take(chunk(half)))
@@ -352,7 +353,7 @@ def test_the_limit_counts_all_chunks_together() -> None:
 
 
 def test_a_family_that_takes_text_as_it_is_written_gets_it_unchanged() -> None:
-    intake = TextIntake("s1", "u1", incremental=True)
+    intake = TextIntake("s1", "u1", None)
     taken = [*intake.take(chunk("Hel")), *intake.take(chunk("lo, wor", is_final=True))]
     assert [(segment.text, segment.char_start) for segment in taken] == [("Hel", 0), ("lo, wor", 3)]
 

@@ -27,7 +27,9 @@ _log = logging.getLogger(__name__)
 
 class SesameAdapter:
     family = "sesame"
-    capabilities = AdapterCapabilities(zero_shot=True, own_engine=True, settings=SETTINGS)
+    capabilities = AdapterCapabilities(
+        zero_shot=True, own_engine=True, streams=True, settings=SETTINGS
+    )
 
     def check_installed(self) -> None:
         require_modules(self.family, MODULES, INSTALL)

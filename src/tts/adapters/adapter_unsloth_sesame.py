@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 class UnslothSesameAdapter:
     family = "unsloth_sesame"
     capabilities = AdapterCapabilities(
-        zero_shot=True, lora=True, own_engine=True, settings=SETTINGS
+        zero_shot=True, lora=True, own_engine=True, streams=True, settings=SETTINGS
     )
 
     def check_installed(self) -> None:
