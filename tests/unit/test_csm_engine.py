@@ -436,6 +436,23 @@ def test_a_closed_engine_leaves_nobody_waiting() -> None:
     assert engine.stats.active == 0
 
 
+def test_nobody_waits_for_ever_for_a_tick_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.tts.csm.engine.CLOSE_PATIENCE_S", 0.05)
+    model = FakeCsmModel(slots=1)
+    engine = Engine(model, name="fake")
+    engine.start()
+    hold = Hold(model)
+    speaker = Worker(lambda: say_all(engine, ["hello"]))
+    hold.wait()
+    with pytest.raises(Internal, match="restart the worker"):
+        engine.close()
+    assert isinstance(speaker.join().error, Unavailable), "the speaker does not wait either"
+    hold.go()
+    monkeypatch.undo()
+    engine.close()
+    assert model.closed
+
+
 def test_an_engine_that_never_started_is_closed_all_the_same() -> None:
     model = FakeCsmModel()
     engine = Engine(model, name="fake")

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from src.audio.pcm import Float32
 from src.common.clock import Clock, MonotonicClock
-from src.rpc.errors import DuplexError, FailedPrecondition, InvalidArgument, Unavailable
+from src.rpc.errors import DuplexError, FailedPrecondition, Internal, InvalidArgument, Unavailable
 from src.tts.csm.admission import Admission
 from src.tts.csm.context import MIN_ROOM, Context, Pace, pieces_of
 from src.tts.csm.outlet import Outlet
@@ -32,6 +32,9 @@ from src.tts.tts_base import CancelToken
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+CLOSE_PATIENCE_S = 60.0
+"""A hundred times what the slowest tick takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +142,19 @@ class Engine:
 
     def close(self) -> None:
         """Ends after the tick that is running. Open slots raise Unavailable; the model is closed.
-        Again is no harm."""
+        Again is no harm. Raises Internal for a tick that does not end, as on a GPU that hangs: its
+        memory is lost until the process ends, but nobody waits for it for ever."""
         with self._lock:
             never_ran = self._thread.ident is None
             self._end(Unavailable(f"the engine {self.name} is closed"))
         if never_ran:
             self._thread.start()
-        self._thread.join()
+        self._thread.join(CLOSE_PATIENCE_S)
+        if self._thread.is_alive():
+            raise Internal(
+                f"the engine {self.name} hangs in a tick, and its memory is not given back; "
+                "restart the worker"
+            )
 
     def run(self, work: Callable[[CsmModel], T]) -> T:
         """What `work` returns or raises, called with the model between two ticks; blocks for it.
