@@ -32,6 +32,7 @@ DEFAULT_PORT = 6379
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_MS = 10_000
 STOP_TIMEOUT_MS = 2_000
+WON_TIMEOUT_MS = 2_000
 _POLL_S = 0.005
 _ASK_TIMEOUT_S = 1.0
 _ANY_PORT_TRIES = 5
@@ -245,12 +246,23 @@ async def _start_or_join(port: int) -> tuple[str, EmbeddedRedis | None]:
         server = await EmbeddedRedis.start(port)
     except RedisUnavailable:
         # Two of our processes that start together both find the port free; one of them loses.
-        if await who_answers(LOOPBACK, port) is not Answer.REDIS:
+        if await _who_won(port) is not Answer.REDIS:
             raise
         log.info("registry: a Redis that runs on this machine", extra={"port": port})
         return f"redis://{LOOPBACK}:{port}/0", None
     log.info("registry: embedded, ends with this process", extra={"url": server.url})
     return server.url, server
+
+
+async def _who_won(port: int) -> Answer:
+    """Whoever has the port may not have come to answering yet."""
+    answer = await who_answers(LOOPBACK, port)
+    for _ in range(int(WON_TIMEOUT_MS / 1000 / _POLL_S)):
+        if answer is not Answer.NOBODY:
+            break
+        await asyncio.sleep(_POLL_S)
+        answer = await who_answers(LOOPBACK, port)
+    return answer
 
 
 async def serve(port: int) -> int:

@@ -200,6 +200,25 @@ async def test_two_that_start_together_share_one_server(free_port: int) -> None:
 
 
 @needs_binary
+async def test_who_loses_the_port_waits_until_the_winner_answers(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = EmbeddedRedis.start
+
+    async def lose(port: int) -> EmbeddedRedis:
+        raise RedisUnavailable("Failed listening")
+
+    monkeypatch.setattr(EmbeddedRedis, "start", lose)
+    loser = asyncio.create_task(redis_url_or_embedded(port=free_port, env={}))
+    await asyncio.sleep(0.1)
+    winner = await start(free_port)
+    try:
+        assert await loser == (winner.url, None)
+    finally:
+        await winner.close()
+
+
+@needs_binary
 async def test_moves_to_a_free_port_when_a_stranger_holds_the_usual_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
