@@ -206,6 +206,10 @@ def test_the_shipped_catalog_has_these_models_each_with_a_licence() -> None:
         "espeak-en",
         "cosyvoice2-en-base",
         "sesame-csm-1b",
+        "xtts-v2-en",
+        "spark-tts-0.5b",
+        "parler-tts-mini-v1",
+        "melo-en",
         "tiny-csm-random",
     ]
     assert set(catalog.families) <= set(FAMILIES)

@@ -54,7 +54,7 @@ def recipe(*arguments: str) -> list[str]:
         text=True,
         check=True,
     )
-    command = dry.stderr.partition("-m src.tts.worker ")[2].partition('"')[0]
+    command = dry.stderr.partition("-m src.tts.worker ")[2].partition("'")[0]
     return command.replace("$device", "cpu").split()
 
 
