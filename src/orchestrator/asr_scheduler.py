@@ -13,6 +13,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from src.audio.pcm import Float32
+from src.common.nvtx import nvtx_range
 from src.orchestrator.ports import Transcript
 from src.rpc.errors import Exhausted, Internal, Unavailable
 
@@ -182,9 +183,10 @@ class FairRecognizer:
         def abandoned() -> bool:
             return job.dropped.is_set() or (not job.urgent and self._final_waits.is_set())
 
-        return self._backend.transcribe(
-            job.samples, job.language, draft=not job.urgent, abandoned=abandoned
-        )
+        with nvtx_range("asr final" if job.urgent else "asr partial"):
+            return self._backend.transcribe(
+                job.samples, job.language, draft=not job.urgent, abandoned=abandoned
+            )
 
     def _finished(self, job: _Job, done: asyncio.Future[Transcript]) -> None:
         self._running -= 1

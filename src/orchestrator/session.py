@@ -17,6 +17,7 @@ from src.audio.framing import Framer
 from src.audio.pcm import Int16
 from src.common.clock import Clock
 from src.common.logging import log_context
+from src.common.nvtx import nvtx_stream
 from src.common.tasks import TaskGroup, timeout
 from src.orchestrator.announce import Announcer
 from src.orchestrator.asr import AsrSettings
@@ -419,7 +420,7 @@ class DuplexSession:
         texts = (
             _verbatim(action.text)
             if said
-            else bridge.respond(turn_id, action.text, speculative=draft)
+            else nvtx_stream("llm", bridge.respond(turn_id, action.text, speculative=draft))
         )
         waterfall = None if said else self._fresh_waterfall(draft=draft)
         subject = Subject(action.reply_id, turn_id, "" if said else action.text, texts, waterfall)

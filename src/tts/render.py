@@ -12,6 +12,7 @@ from src.audio.loudness import Loudness
 from src.audio.opus import OpusEncoder
 from src.audio.pcm import FRAME_MS, Float32, Int16, to_int16
 from src.audio.resample import StreamResampler
+from src.common.nvtx import nvtx_range
 from src.tts.playout import Frame
 from src.tts.tts_base import PcmChunk, WordMark
 
@@ -42,7 +43,8 @@ class Renderer:
         start_ms = self._samples_in * 1000 // self._native_rate
         self._samples_in += chunk.samples.size
         self._words += (_shift(word, start_ms) for word in chunk.words)
-        return self._cut(self._resampler.push(chunk.samples))
+        with nvtx_range("repacketize"):
+            return self._cut(self._resampler.push(chunk.samples))
 
     def finish(self) -> tuple[list[Frame], tuple[WordMark, ...]]:
         """The rest, and the words that begin after the last frame. The renderer is spent."""

@@ -16,12 +16,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
+from src.common.nvtx import nvtx_range
 from src.tts.csm.frame_loop import StepBatch
 from src.tts.csm.ports import Row, TickResult
 
@@ -84,10 +84,6 @@ class Recorder(Protocol):
         """`work` may run on the way. Raises torch.OutOfMemoryError."""
         ...
 
-    def mark(self, name: str) -> AbstractContextManager[None]:
-        """A named range in a profiler's timeline."""
-        ...
-
     def wait(self) -> None:
         """Until all that was asked of the device is done."""
         ...
@@ -106,9 +102,6 @@ class CallRecorder:
             self._called.add(size.rows)
             work()
         return work
-
-    def mark(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def wait(self) -> None:
         pass
@@ -151,10 +144,6 @@ class CudaGraphRecorder:
                 work()
         current.wait_stream(self._side)
         current.synchronize()
-
-    def mark(self, name: str) -> AbstractContextManager[None]:
-        found: AbstractContextManager[None] = torch.cuda.nvtx.range(name)
-        return found
 
     def wait(self) -> None:
         self._done.record()
@@ -301,7 +290,7 @@ class TickGraphs:
 
     def _piece(self, rows: Sequence[Row], length: int) -> TickResult:
         size = choose(self._replays, len(rows), length)
-        with self._recorder.mark(f"csm tick {len(rows)}/{size.rows} rows, {size.length} positions"):
+        with nvtx_range(f"csm tick {len(rows)}/{size.rows} rows, {size.length} positions"):
             self._buffers.fill(rows, size.rows, self._scratch)
             self._replays[size]()
             self._buffers.fetch(len(rows))

@@ -17,7 +17,7 @@ from scripts.check_sesame_gpu import (
     out_of_memory_while_recording_leaves_smaller_ticks,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ON_A_BARE_MACHINE = """
 import sys
 for name in ("grpc", "pydantic", "soxr", "soundfile", "rich", "matplotlib", "peft", "aiohttp"):

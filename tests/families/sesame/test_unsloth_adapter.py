@@ -38,7 +38,7 @@ from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from src.tts.worker import Worker
 from tests.families.sesame.lora_packs import make_adapter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE, ADA, BOB = "sesame-tiny", "unsloth_sesame-ada", "unsloth_sesame-bob"
 ENGINE = {"max_slots": "4", "positions": "256", "max_adapters": "2", "max_rank": "8"}
 TEXT = "Hello there."
