@@ -39,6 +39,9 @@ class ModelFile(StrictModel):
         description="refuse any other content; empty: not pinned",
     )
     sources: list[str] = Field(min_length=1)
+    optional: bool = Field(
+        default=False, description="a load does without it; the family says what it loses"
+    )
 
     @field_validator("sources")
     @classmethod
@@ -185,10 +188,15 @@ def _files_in(folder: Path) -> dict[str, Any]:
     names = (
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
+        # Hidden: downloads that are under way, and the notes that downloaders keep.
+        if path.is_file() and not _is_hidden(path.relative_to(folder))
     )
     notes = {METADATA, "README.md"}
     return {name: {"sources": [f"path:{name}"]} for name in names if name not in notes}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _completed(listed: ModelMeta, pack: ModelMeta, metadata: Path) -> ModelMeta:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from src.rpc.errors import DuplexError, Internal, Unavailable
 from src.tts.catalog import ModelMeta
-from src.tts.sources import Progress, SourceResolver
+from src.tts.sources import MissingFile, Progress, SourceResolver
 from src.tts.tts_base import (
     Adapter,
     AdapterCapabilities,
@@ -167,9 +167,13 @@ class ModelLoader:
         found: dict[str, Path] = {}
         for place, (name, file) in enumerate(meta.files.items()):
             part = _part(progress, place / len(meta.files), (place + 1) / len(meta.files))
-            found[name] = self._resolver.resolve(
-                meta.model_id, name, file.sources, file.sha256, part
-            )
+            try:
+                found[name] = self._resolver.resolve(
+                    meta.model_id, name, file.sources, file.sha256, part
+                )
+            except MissingFile:
+                if not file.optional:
+                    raise
         return found
 
 

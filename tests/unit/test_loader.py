@@ -144,6 +144,23 @@ async def test_a_model_is_loaded_off_the_loop_and_has_spoken_once(meta: ModelMet
     assert world.log[-1] == "unloaded"
 
 
+async def test_an_optional_file_that_is_nowhere_is_left_out(meta: ModelMeta, weights: Path) -> None:
+    world = World()
+    absent = ModelFile(sources=["path:/nowhere/spk2info.pt"], optional=True)
+    there = ModelFile(sources=[f"path:{weights}"], optional=True)
+    files = {"spk2info.pt": absent, **meta.files, "presets.pt": there}
+    await world.loader.load(meta.model_copy(update={"files": files}), print)
+    assert world.log[0] == "loaded cosyvoice2 on cuda:0 with ['llm.pt', 'presets.pt']"
+
+
+async def test_an_optional_file_with_the_wrong_content_is_refused_all_the_same(
+    meta: ModelMeta, weights: Path
+) -> None:
+    wrong = ModelFile(sources=[f"path:{weights}"], sha256="0" * 64, optional=True)
+    with pytest.raises(CorruptModel, match="not the file that is pinned"):
+        await World().loader.load(meta.model_copy(update={"files": {"presets.pt": wrong}}), print)
+
+
 async def test_the_entry_s_device_wins_over_the_worker_s(meta: ModelMeta) -> None:
     world = World(device="cpu")
     loaded = await world.loader.load(meta.model_copy(update={"device": "cuda:1"}), print)

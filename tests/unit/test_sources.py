@@ -111,6 +111,7 @@ def test_a_file_found_nowhere_lists_every_place_and_what_to_do(tmp_path: Path) -
         "installed, but without this file",
         "the hub is off",
         "uv sync --group local-models",
+        "uv run just voicepack m",
         "--allow_hub",
     ):
         assert reason in message
