@@ -1,0 +1,28 @@
+"""Voice packs of XTTS-v2's architecture, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.families import left_out_without
+
+collect_ignore_glob = left_out_without("torch", "TTS")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _narrow_vocoder() -> Iterator[None]:
+    from tests.families.xtts.tiny import narrow_vocoder
+
+    with narrow_vocoder():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(tmp_path_factory: pytest.TempPathFactory, _narrow_vocoder: None) -> Path:
+    """Never ends a text by itself, and has two preset voices. Nobody writes to it."""
+    from tests.families.xtts.tiny import make_tiny_pack
+
+    return make_tiny_pack(tmp_path_factory.mktemp("xtts") / "tiny")
