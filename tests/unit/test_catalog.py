@@ -234,7 +234,12 @@ def test_the_shipped_catalog_has_these_models_each_with_a_licence() -> None:
         ("sesame-csm-1b", "sesame/csm-1b", "sesame/csm-1b", "config.json"),
         ("xtts-v2-en", "xtts/v2-en", "coqui/XTTS-v2", "model.pth"),
         ("spark-tts-0.5b", "spark_tts/0.5b", "SparkAudio/Spark-TTS-0.5B", "LLM/model.safetensors"),
-        ("parler-tts-mini-v1", "parler_tts/mini-v1", "parler-tts/parler-tts-mini-v1", "config.json"),
+        (
+            "parler-tts-mini-v1",
+            "parler_tts/mini-v1",
+            "parler-tts/parler-tts-mini-v1",
+            "config.json",
+        ),
         ("melo-en", "melo/en", "myshell-ai/MeloTTS-English", "checkpoint.pth"),
     ],
 )
