@@ -109,7 +109,9 @@ build-plugin:
     uv run python scripts/build_plugin.py
 
 # ===== Runtime =====
-# Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just # CosyVoice 2 where COSYVOICE_HOME names its sources; without them the stand-in voice speaks under its name.
+# Arguments may be written `just run-tts-cosy cosyvoice2-en-base` or `just run-tts-cosy DEFAULT=cosyvoice2-en-base`.
+
+# CosyVoice 2 where COSYVOICE_HOME names its sources; without them the stand-in voice speaks under its name.
 run-tts-cosy DEFAULT="cosyvoice2-en-base" PRELOAD="" PORT="7001" DEVICE="": (_run-tts (if env("COSYVOICE_HOME", "") == "" { "" } else { "cosyvoice" }) "cosyvoice2" DEFAULT PRELOAD PORT DEVICE)
 
 # `just run-tts-sesame tiny-csm-random` tries the engine without weights, and speaks noise.
@@ -144,3 +146,21 @@ spy-top PID:
 
 spy-record PID OUT="profile.svg":
     uv run py-spy record -o {{OUT}} --pid {{PID}} --duration 30
+
+# The report is out/profiles/tts-NAME.nsys-rep; ARGS are the worker's: `just nsys-tts xtts --port 7005`.
+# A worker under Nsight Systems until Ctrl-C, with our ranges in its timeline.
+nsys-tts NAME *ARGS: (_needs "nsys" "Nsight Systems" "nsight-systems") (_profile-tts ("nsys profile --trace=cuda,nvtx,osrt --force-overwrite=true --output=out/profiles/tts-" + NAME) NAME ARGS)
+
+# Each of these kernels runs many times over, and nothing beside it: have one short sentence spoken.
+# A worker under Nsight Compute: the first 200 kernels of speaking, in out/profiles/tts-NAME.ncu-rep.
+ncu-tts NAME *ARGS: (_needs "ncu" "Nsight Compute" "nsight-compute") (_profile-tts ("ncu --nvtx --nvtx-push-pop-scope process --nvtx-include tts.$adapter/ --launch-count 200 --force-overwrite --export out/profiles/tts-" + NAME) NAME ARGS)
+
+# Where a family has no environment of its own there is no torch, and the ranges are the nvtx package's.
+_profile-tts TOOL NAME *ARGS:
+    @mkdir -p out/profiles
+    case {{NAME}} in parler|spark) adapter={{NAME}}_tts;; cosyvoice) adapter=cosyvoice2;; *) adapter={{NAME}};; esac; \
+        device=$(nvidia-smi -L >/dev/null 2>&1 && echo cuda:0 || echo cpu); \
+        just _in {{ if NAME =~ '^(piper|espeak)$' { '"" --with nvtx' } else { NAME } }} env DUPLEX_NVTX=1 {{TOOL}} python -m src.tts.worker --adapter $adapter --device $device {{ARGS}}
+
+_needs TOOL WHAT PAGE:
+    @command -v {{TOOL}} >/dev/null || { echo "{{TOOL}} is not there: install {{WHAT}} from https://developer.nvidia.com/{{PAGE}} (it comes with the CUDA toolkit, too), or put its folder into PATH" >&2; exit 1; }

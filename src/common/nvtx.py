@@ -44,7 +44,7 @@ def nvtx_stream(name: str, items: AsyncIterator[T]) -> AsyncIterator[T]:
 async def _with_spans(name: str, items: AsyncIterator[T]) -> AsyncIterator[T]:
     try:
         with nvtx_span(name), ExitStack() as until_first:
-            until_first.enter_context(nvtx_span(f"{name} first"))
+            until_first.enter_context(nvtx_span(f"{name}.first"))
             async for item in items:
                 until_first.close()
                 yield item

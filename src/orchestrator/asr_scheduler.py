@@ -183,7 +183,7 @@ class FairRecognizer:
         def abandoned() -> bool:
             return job.dropped.is_set() or (not job.urgent and self._final_waits.is_set())
 
-        with nvtx_range("asr final" if job.urgent else "asr partial"):
+        with nvtx_range("asr.final" if job.urgent else "asr.partial"):
             return self._backend.transcribe(
                 job.samples, job.language, draft=not job.urgent, abandoned=abandoned
             )

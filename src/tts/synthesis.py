@@ -54,7 +54,7 @@ class Synthesis:
         self.first_chunk_ms = 0.0
         """What the engine took for its first chunk, without waiting for text."""
         self._voicing = voicing
-        self._step_name = f"tts {voicing.family}"
+        self._step_name = f"tts.{voicing.family}"
         self._frames = frames
         self._loudness = loudness
         self._clock = clock

@@ -179,7 +179,7 @@ async def test_a_reply_has_a_span_and_one_to_its_first_token(recorded: Recorded)
         taken.append(text)
         recorded.log.append(text)
     assert taken == ["one", "two"]
-    assert recorded.log == ["[llm", "[llm first", "llm first]", "one", "two", "llm]"]
+    assert recorded.log == ["[llm", "[llm.first", "llm.first]", "one", "two", "llm]"]
 
 
 async def test_both_end_with_a_reply_that_fails_before_its_first_token(recorded: Recorded) -> None:
@@ -215,7 +215,7 @@ def test_a_turn_asks_the_language_model_inside_a_span(recorded: Recorded) -> Non
             await talk.speaking()
 
     run_virtual(story())
-    assert {"[llm", "[llm first", "llm first]", "llm]"} <= set(recorded.log)
+    assert {"[llm", "[llm.first", "llm.first]", "llm]"} <= set(recorded.log)
 
 
 class Asked:
@@ -260,8 +260,8 @@ async def test_every_pass_of_the_recogniser_is_in_a_range(recorded: Recorded) ->
         await recogniser.transcribe(samples, session_id="s1", language="en", urgent=urgent)
     await recogniser.aclose()
     assert recorded.log == [
-        *("(asr final", "whole", "asr final)"),
-        *("(asr partial", "draft", "asr partial)"),
+        *("(asr.final", "whole", "asr.final)"),
+        *("(asr.partial", "draft", "asr.partial)"),
     ]
 
 
@@ -280,7 +280,7 @@ async def test_every_step_of_an_engine_and_the_cutting_of_its_sound_are_in_range
     await asyncio.to_thread(synthesis.run)
     cut = ("(repacketize", "repacketize)")
     assert recorded.log == [
-        *("(tts choir", "la", "tts choir)", *cut),
-        *("(tts choir", "li", "tts choir)", *cut),
-        *("(tts choir", "tts choir)"),
+        *("(tts.choir", "la", "tts.choir)", *cut),
+        *("(tts.choir", "li", "tts.choir)", *cut),
+        *("(tts.choir", "tts.choir)"),
     ]
