@@ -33,6 +33,7 @@ _CHARS_UTF8 = 1
 _POS_CHARACTER = 1
 _PARAM_RATE, _PARAM_PITCH = 1, 3
 _EVENT_END_OF_LIST, _EVENT_WORD = 0, 1
+_PHONEMES_IPA = 2
 _BUFFER_MS = 60  # it never hands out less
 
 RATE_WPM = 175
@@ -180,6 +181,18 @@ class EspeakEngine:
         samples = to_float32(np.frombuffer(bytes(job.pcm), dtype=np.int16))
         return Speech(samples, tuple(job.words), not job.stopped)
 
+    def phonemes(self, text: str, identifier: str) -> str:
+        """How the voice would say it, in IPA; clauses parted by spaces. Raises as `speak` does."""
+        if self._lib.espeak_SetVoiceByName(identifier.encode()) != 0:
+            raise ValueError(f"eSpeak cannot load the voice {identifier!r}")
+        left = ctypes.c_char_p(text.replace("\0", " ").encode("utf-8", "replace"))
+        said: list[str] = []
+        # It moves the pointer past the clause that it read, and to nothing at the end.
+        while left.value is not None:
+            clause = self._lib.espeak_TextToPhonemes(ctypes.byref(left), _CHARS_UTF8, _PHONEMES_IPA)
+            said.append((clause or b"").decode("utf-8", "replace"))
+        return " ".join(said)
+
     def close(self) -> None:
         """Give the library back; the engine must not be used any more."""
         self._lib.espeak_Terminate()
@@ -270,6 +283,12 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.espeak_SetSynthCallback.restype = None
     lib.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
     lib.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    lib.espeak_TextToPhonemes.argtypes = [
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
+    lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
     lib.espeak_ListVoices.argtypes = [ctypes.c_void_p]
     lib.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
     lib.espeak_Synth.argtypes = [

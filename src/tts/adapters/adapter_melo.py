@@ -1,0 +1,280 @@
+"""MeloTTS: a light voice with several English accents, a sentence at a time. 44.1 kHz.
+
+The package is a repository, not a distribution; MELO_HOME names a checkout. Of it the network and
+the English text rules are used (melo_network.py, melo_english.py), never `melo.api`, whose import
+asks the hub for seven languages' tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.audio.pcm import Float32
+from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
+from src.tts.adapters.joins import Joiner
+from src.tts.adapters.melo_english import Dictionary, English, WordPiece, package_rules, spell
+from src.tts.adapters.melo_guess import EspeakGuess
+from src.tts.adapters.melo_network import (
+    Network,
+    Pack,
+    Sound,
+    Stopped,
+    find_sources,
+    importable,
+    open_network,
+)
+from src.tts.adapters.settings import (
+    Range,
+    helps,
+    match_language,
+    read_settings,
+    require_modules,
+)
+from src.tts.adapters.torch_host import check_device, give_back_memory, well_behaved
+from src.tts.catalog import ModelMeta
+from src.tts.espeak_engine import EngineUnavailable
+from src.tts.tts_base import (
+    AdapterCapabilities,
+    CancelToken,
+    MissingPackage,
+    PcmChunk,
+    Segment,
+    VoiceSpec,
+)
+from src.tts.words import estimate_words
+
+INSTALL = (
+    "uv sync --extra melo && git clone https://github.com/myshell-ai/MeloTTS && "
+    "git -C MeloTTS checkout 2091453 && export MELO_HOME=$PWD/MeloTTS  (Python 3.11 or newer)"
+)
+MODULES = ("torch", "transformers", "tokenizers", "numba", "inflect")
+BERT = "bert-base-uncased"
+_BERT_FILES = ("config.json", "model.safetensors", "vocab.txt")
+_MARKS = ("_", "UNK")
+
+_SETTINGS = {
+    "speed": Range(0.5, 2.0, 1.0, "rate of speech against the voice's own"),
+    "noise": Range(0.0, 1.0, 0.6, "variation of the sound"),
+    "noise_w": Range(0.0, 1.5, 0.8, "variation of the rhythm; noise 0 too: the same every time"),
+    "sdp_ratio": Range(0.0, 1.0, 0.2, "how much of the rhythm is drawn, the rest being steady"),
+}
+
+# What the other languages' text front ends want, besides a voice pack each.
+_OTHERS = {
+    "zh": ("bert-base-multilingual-uncased", "jieba, pypinyin and cn2an"),
+    "jp": ("tohoku-nlp/bert-base-japanese-v3", "MeCab with unidic, and pykakasi"),
+    "kr": ("kykim/bert-kor-base", "g2pkk with MeCab, and jamo"),
+    "es": ("dccuchile/bert-base-spanish-wwm-uncased", "gruut with its Spanish part"),
+    "fr": ("dbmdz/bert-base-french-europeana-cased", "gruut with its French part"),
+}
+_CALLED = {"ja": "jp", "ko": "kr", "sp": "es"}
+
+
+class MeloAdapter:
+    family = "melo"
+    capabilities = AdapterCapabilities(cpu_ok=True, settings=helps(_SETTINGS))
+
+    def check_installed(self) -> None:
+        _sources()
+
+    def load(
+        self,
+        meta: ModelMeta,
+        files: Mapping[str, Path],
+        device: str,
+        progress: Callable[[float], None],
+    ) -> MeloModel:
+        """The files: config.json and checkpoint.pth as released, and bert-base-uncased/ beside
+        them. An entry's `settings` may hold the session's keys, as defaults.
+
+        Raises besides: InvalidArgument for a language but English and for a device that does not
+        exist.
+        """
+        sources = _sources()
+        read_settings(_SETTINGS, meta.settings)
+        for language in meta.languages:
+            _only_english(meta.model_id, language)
+        config = _read_config(meta.model_id, files)
+        bert = _bert_folder(meta.model_id, files)
+        speakers = _speakers(meta, config)
+        where = check_device(meta.model_id, device or "cpu")
+        with well_behaved(), importable(sources):
+            tokenizer = _tokenizer(meta.model_id, bert)
+            english, guess = _english(sources, tokenizer, config["symbols"])
+            progress(0.3)
+            pack = Pack(meta.model_id, config, files["checkpoint.pth"], bert, tokenizer.size)
+            try:
+                network = open_network(pack, where, progress)
+            except BaseException:
+                _close(guess)
+                raise
+        progress(1.0)
+        return MeloModel(meta, english, guess, network, speakers, str(where))
+
+
+class MeloModel:
+    """One voice pack. Streams share the weights and nothing else, so it has no limit of its own."""
+
+    max_streams = 0
+
+    def __init__(
+        self,
+        meta: ModelMeta,
+        english: English,
+        guess: EspeakGuess | None,
+        network: Network,
+        speakers: Mapping[str, int],
+        device: str,
+    ) -> None:
+        self._english = english
+        self._guess = guess
+        self._network = network
+        self._speakers = speakers
+        self._device = device
+        self._defaults = dict(meta.settings)
+        self.native_sample_rate = network.sample_rate
+        self.voices = tuple(speakers)
+        self.languages = tuple(meta.languages) or ("en",)
+
+    def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
+        voice = spec.voice or self.voices[0]
+        if voice not in self._speakers:
+            raise UnknownName.among("voice", voice, self.voices)
+        language = match_language(spec.language or self.languages[0], self.languages)
+        if language is None:
+            raise UnknownName.among("language", spec.language, self.languages)
+        read_settings(_SETTINGS, self._defaults, spec.settings)
+        return VoiceSpec(voice, language, {**self._defaults, **spec.settings})
+
+    def stream(
+        self, segments: Iterable[Segment], spec: VoiceSpec, cancel: CancelToken
+    ) -> Iterator[PcmChunk]:
+        """One chunk for a segment. Raises as `check_voice` does, and Internal."""
+        spec = self.check_voice(spec)
+        sound = Sound(self._speakers[spec.voice], **read_settings(_SETTINGS, spec.settings))
+        joiner = Joiner(self.native_sample_rate)
+        for segment in segments:
+            try:
+                samples = self._speak(segment.text, sound, cancel)
+            except Stopped:
+                return
+            words = estimate_words(
+                segment.text, segment.char_start, samples, self.native_sample_rate
+            )
+            chunk = joiner.join(segment.text, samples, words)
+            if chunk.samples.size:
+                yield chunk
+
+    def unload(self) -> None:
+        del self._network, self._english
+        _close(self._guess)
+        give_back_memory(self._device)
+
+    def _speak(self, text: str, sound: Sound, cancel: CancelToken) -> Float32:
+        """Raises Stopped when cancelled, at the latest at the network's next layer."""
+        said: list[Float32] = [np.empty(0, dtype=np.float32)]
+        for run in self._english.read(text):
+            if cancel.cancelled:
+                raise Stopped
+            said.append(self._network.say(run, sound, cancel))
+        if cancel.cancelled:
+            raise Stopped
+        return np.concatenate(said)
+
+
+def _sources() -> Path:
+    """Raises MissingPackage."""
+    require_modules(MeloAdapter.family, MODULES, INSTALL)
+    sources = find_sources()
+    if sources is None:
+        raise MissingPackage(MeloAdapter.family, INSTALL)
+    return sources
+
+
+def _only_english(model_id: str, language: str) -> None:
+    """Raises InvalidArgument for another language, with what it would need."""
+    base = language.replace("_", "-").partition("-")[0].lower()
+    if base == "en":
+        return
+    needs = _OTHERS.get(_CALLED.get(base, base))
+    wants = f": {language!r} would need {needs[0]} and {needs[1]}" if needs else ""
+    raise InvalidArgument(
+        f"{model_id}: this build speaks English with MeloTTS, and no other language{wants}"
+    )
+
+
+def _read_config(model_id: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """config.json, with the parts that the adapter itself reads being there."""
+    for name in ("config.json", "checkpoint.pth"):
+        if name not in files:
+            raise CorruptModel(f"{model_id}: a melo voice pack needs the file {name!r}")
+    try:
+        config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+        data, symbols = config["data"], config["symbols"]
+        ints = [data[name] for name in ("sampling_rate", "hop_length", "n_speakers")]
+        ok = all(isinstance(number, int) and number > 0 for number in ints)
+        ok = ok and isinstance(config["model"], dict) and set(_MARKS) <= set(symbols)
+        ok = ok and all(isinstance(number, int) for number in data["spk2id"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptModel(f"{model_id}: config.json cannot be read: {error!r}") from error
+    if not ok:
+        raise CorruptModel(f"{model_id}: config.json describes no MeloTTS")
+    return dict(config)
+
+
+def _bert_folder(model_id: str, files: Mapping[str, Path]) -> Path:
+    for name in _BERT_FILES:
+        if f"{BERT}/{name}" not in files:
+            raise CorruptModel(f"{model_id}: a melo voice pack needs the file '{BERT}/{name}'")
+    paths = {files[f"{BERT}/{name}"].parent for name in _BERT_FILES}
+    wrong = next((n for n in _BERT_FILES if files[f"{BERT}/{n}"].name != n), None)
+    if len(paths) > 1 or wrong:
+        raise CorruptModel(f"{model_id}: the files of {BERT} must lie in one folder by these names")
+    return paths.pop()
+
+
+def _speakers(meta: ModelMeta, config: Mapping[str, Any]) -> dict[str, int]:
+    """Voices and their numbers, those of the entry if it lists some."""
+    data = config["data"]
+    ids: dict[str, int] = dict(data["spk2id"])
+    if not ids or any(not 0 <= number < data["n_speakers"] for number in ids.values()):
+        raise CorruptModel(f"{meta.model_id}: config.json names no voices, or too high numbers")
+    for name in ids:
+        base = name.replace("_", "-").partition("-")[0].lower()
+        if _CALLED.get(base, base) in _OTHERS:
+            _only_english(meta.model_id, base)
+    for name in meta.voices:
+        if name not in ids:
+            raise UnknownName.among(f"voice of {meta.model_id}", name, ids)
+    return {name: ids[name] for name in meta.voices or ids}
+
+
+def _tokenizer(model_id: str, bert: Path) -> WordPiece:
+    try:
+        return WordPiece(bert / "vocab.txt")
+    except (OSError, ValueError) as error:
+        raise CorruptModel(f"{model_id}: {BERT}/vocab.txt cannot be used: {error}") from error
+
+
+def _english(
+    sources: Path, tokenizer: WordPiece, symbols: Iterable[str]
+) -> tuple[English, EspeakGuess | None]:
+    try:
+        dictionary = Dictionary.read(sources / "text" / "cmudict.rep")
+    except (OSError, ValueError) as error:
+        raise MissingPackage(MeloAdapter.family, INSTALL) from error
+    try:
+        guess = EspeakGuess()
+    except EngineUnavailable:
+        guess = None
+    return English(dictionary, tokenizer, package_rules(), guess or spell, symbols), guess
+
+
+def _close(guess: EspeakGuess | None) -> None:
+    if guess is not None:
+        guess.close()
