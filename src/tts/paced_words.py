@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from src.audio.pcm import Float32
 from src.tts.tts_base import WordMark
-from src.tts.words import tokens, weight
+from src.tts.words import Token, tokens, weight
 
 # Audible milliseconds per unit of weight: medians over tests/sentences.py are 53 (Piper) and 57
 # (eSpeak). With it, starts are 50 ms off in the median, 200 ms at the 90th percentile.
@@ -73,6 +73,13 @@ class PacedWords:
         self._audible_ms = 0.0
         self._audible_until_ms = 0.0
         self._loudest = 0.0
+
+    def extend(self, text: str, char_start: int) -> None:
+        """More of the same segment, known only now."""
+        moved = char_start - self._char_start
+        for word in tokens(text):
+            self._words.append(Token(word.text, word.start + moved, word.end + moved))
+            self._edges.append(self._edges[-1] + weight(word.text))
 
     def push(self, samples: Float32) -> tuple[WordMark, ...]:
         """The words that begin in this chunk (mono), timed from its first sample."""

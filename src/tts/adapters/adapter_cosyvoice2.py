@@ -1,27 +1,27 @@
-"""CosyVoice 2: needs a PyTorch of its own, so it runs in a container image of its own."""
+"""CosyVoice 2: a voice from a recording, instructed in words (src/tts/adapters/cosyvoice2_*.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from src.rpc.errors import Unavailable
-from src.tts.adapters.settings import require_modules
+from src.tts.adapters.cosyvoice2_package import FAMILY, check_sources
+from src.tts.adapters.cosyvoice2_speech import SETTINGS, CosyVoice2Model
+from src.tts.adapters.settings import Range, read_settings
 from src.tts.catalog import ModelMeta
-from src.tts.tts_base import AdapterCapabilities, Model
+from src.tts.tts_base import AdapterCapabilities
 
-INSTALL = (
-    "docker compose up tts-cosyvoice"
-    "  (PyTorch 2.3.1 in an image of its own; see docs/COSYVOICE_PYTORCH_CONFLICT.md)"
-)
+_ENGINE = {"max_streams": Range(1, 64, 4, "utterances at once; their steps take turns")}
 
 
 class CosyVoice2Adapter:
-    family = "cosyvoice2"
-    capabilities = AdapterCapabilities(zero_shot=True, emotive_zero_prompt=True)
+    family = FAMILY
+    capabilities = AdapterCapabilities(
+        zero_shot=True, emotive_zero_prompt=True, streams=True, settings=SETTINGS
+    )
 
     def check_installed(self) -> None:
-        require_modules(self.family, ("cosyvoice",), INSTALL)
+        check_sources()
 
     def load(
         self,
@@ -29,10 +29,22 @@ class CosyVoice2Adapter:
         files: Mapping[str, Path],
         device: str,
         progress: Callable[[float], None],
-    ) -> Model:
-        """Raises MissingPackage, or Unavailable where the package is there."""
+    ) -> CosyVoice2Model:
+        """`meta.settings` may hold a session's (as defaults) and `max_streams`.
+
+        Raises as `open_engine` does, and UnknownName or InvalidArgument for settings.
+        """
         self.check_installed()
-        raise Unavailable(
-            f"{meta.model_id}: this build speaks with CosyVoice 2 only in its container image; "
-            "see docs/COSYVOICE_PYTORCH_CONFLICT.md"
-        )
+        own = {name: raw for name, raw in meta.settings.items() if name in _ENGINE}
+        spoken = {name: raw for name, raw in meta.settings.items() if name not in _ENGINE}
+        streams = int(read_settings(_ENGINE, own)["max_streams"])
+        from src.tts.adapters.cosyvoice2_opening import open_engine
+
+        engine = open_engine(meta, files, device, progress)
+        try:
+            return CosyVoice2Model(
+                engine, languages=meta.languages, defaults=spoken, max_streams=streams
+            )
+        except BaseException:
+            engine.close()
+            raise
