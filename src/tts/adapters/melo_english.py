@@ -23,6 +23,8 @@ _PUNCTUATION = frozenset(".,?!'-")
 # Left as it is, this is read "minus", or "quintillion", or raises.
 _JOINED_DIGITS = re.compile(r"(?<=[0-9])-(?=[0-9])")
 _LONG_NUMBER = re.compile(r"[0-9][0-9,]{15,}")
+# BERT's tokenizer gives up on a word of more than 100 characters.
+_ENDLESS_WORD = re.compile(r"(\S{48})(?=\S)")
 _SIGNS = str.maketrans(
     {"%": " percent", "&": " and ", "。": ".", "！": "!", "？": "?", "；": ";", "，": ",",
      "“": None, "”": None, '"': None, "‘": "'", "’": "'", "…": ".", "—": ", ", "–": ", ",
@@ -126,7 +128,8 @@ class English:
         text = _TWO_WORDS.sub(r"\1 \2", text.translate(_SIGNS))
         text = _LONG_NUMBER.sub(lambda found: " ".join(found.group().replace(",", "")), text)
         with _RULES:
-            return self._rules(_JOINED_DIGITS.sub(" ", text))
+            text = self._rules(_JOINED_DIGITS.sub(" ", text))
+        return _ENDLESS_WORD.sub(r"\1 ", text)
 
     def _phonemes(
         self,

@@ -6,6 +6,7 @@ torch, transformers and the package are imported inside the functions only.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import sys
@@ -262,6 +263,10 @@ def _bert(pack: Pack) -> Any:
     from transformers import BertModel
 
     what = f"{pack.model_id}: {pack.bert.name}"
+    # It warns of the head for words, which nobody asked for.
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
     try:
         bert, info = BertModel.from_pretrained(
             pack.bert,
@@ -273,6 +278,8 @@ def _bert(pack: Pack) -> Any:
         )
     except (*_MISFITS, OSError, SafetensorError) as error:
         raise CorruptModel(f"{what} cannot be read: {_short(error)}") from error
+    finally:
+        report.setLevel(level)
     if missing := sorted(info["missing_keys"]):
         raise CorruptModel(f"{what} lacks {len(missing)} weights: {missing[0]}")
     sizes = bert.config
