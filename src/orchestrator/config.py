@@ -185,7 +185,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if url := environ.get("REDIS_URL"):
         found["redis.url"] = url
-    for name in ("url", "api_key", "api_secret"):
+    for name in ("url", "public_url", "api_key", "api_secret"):
         if value := environ.get(f"LIVEKIT_{name.upper()}"):
             found[f"livekit.{name}"] = value
     if keys := environ.get("DUPLEX_API_KEY"):
