@@ -96,6 +96,18 @@ web-deps:
 run-llm *ARGS:
     uv run python scripts/run_llm.py {{ARGS}}
 
+# `just voicepack xtts v2-en`, `just voicepack cosyvoice2 en-base`; `--pin` prints the hashes for the catalog.
+# A voice pack's files from where the catalog says, or which file to put where.
+voicepack *ARGS:
+    uv run python -m scripts.voicepack fetch {{ARGS}}
+
+# All voice packs, or one (`just voicepack-check xtts v2-en`): whole, plain, and as pinned? Loads no weights.
+voicepack-check *ARGS:
+    uv run python -m scripts.voicepack check {{ARGS}}
+
+# A pickled checkpoint into a plain one: `just voicepack-convert FILE --i-trust-it`. Brings torch (.venv-xtts).
+voicepack-convert FILE *ARGS: (_in "xtts" "python -m scripts.voicepack_convert" quote(FILE) ARGS)
+
 # ===== Generators =====
 
 gen-proto:
