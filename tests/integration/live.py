@@ -41,6 +41,7 @@ class Installation:
     orchestrator: Child
     worker: str
     """host:port of its gRPC."""
+    worker_pid: int
 
     @property
     def url(self) -> str:
@@ -65,11 +66,12 @@ async def installation(
     env: Mapping[str, str] | None = None,
     livekit: LiveKitServer | None = None,
     args: Sequence[str] = (),
+    worker: str = "src.tts.worker",
     worker_args: Sequence[str] = (),
 ) -> AsyncIterator[Installation]:
     """Registry, one worker and the orchestrator, on free ports; with `livekit` in rooms too.
 
-    `args` go to the orchestrator, `worker_args` to the worker; `env` lies over what is set here.
+    `args` go to the orchestrator, `worker_args` to the module that is the `worker`; `env` lies over what is set here.
     """
     async with AsyncExitStack() as cleanup:
         redis = await EmbeddedRedis.start()
@@ -78,8 +80,8 @@ async def installation(
         around |= livekit.environ if livekit else NO_LIVEKIT
         around |= env or {}
         worker_port, port = free_port(), free_port()
-        worker = [*_worker(model, worker_port), *worker_args]
-        await _start(cleanup, "worker", worker, logs, around)
+        flags = ["--default_model", model, "--port", str(worker_port), *worker_args]
+        process = await _start(cleanup, "worker", ["-m", worker, *flags], logs, around)
         argv = ["-m", "src.orchestrator.server", "--ws", "--port", str(port), *args]
         if livekit:
             argv.append("--livekit")
@@ -88,13 +90,10 @@ async def installation(
             path.write_text(config, encoding="utf-8")
             argv += ["--config", str(path)]
         orchestrator = await _start(cleanup, "orchestrator", argv, logs, around)
-        running = Installation(port, redis.url, orchestrator, f"127.0.0.1:{worker_port}")
+        address = f"127.0.0.1:{worker_port}"
+        running = Installation(port, redis.url, orchestrator, address, process.pid)
         await orchestrator.ready(lambda: _answers(f"{running.url}/readyz"), READY_S)
         yield running
-
-
-def _worker(model: str, port: int) -> list[str]:
-    return ["-m", "src.tts.worker", "--default_model", model, "--port", str(port)]
 
 
 async def _start(
