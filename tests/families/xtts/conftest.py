@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from src.tts.adapters.adapter_xtts import XttsModel
 from tests.families import left_out_without
+from tests.families.xtts.tiny import files_of, load
 
 collect_ignore_glob = left_out_without("torch", "TTS")
 
@@ -26,3 +28,10 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory, _narrow_vocoder: None) -
     from tests.families.xtts.tiny import make_tiny_pack
 
     return make_tiny_pack(tmp_path_factory.mktemp("xtts") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model(tiny_pack: Path) -> Iterator[XttsModel]:
+    model = load(files_of(tiny_pack))
+    yield model
+    model.unload()

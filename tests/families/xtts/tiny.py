@@ -9,6 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from src.audio.pcm import Float32
+from src.tts.adapters.adapter_xtts import XttsAdapter, XttsModel
+from src.tts.catalog import ModelMeta
+from src.tts.tts_base import CancelToken, Segment, VoiceSpec
+
+LIKELIEST = {"top_k": "1"}
+"""Settings that say the same text in the same way."""
 LANGUAGES = (
     *("en", "es", "fr", "de", "it", "pt", "pl", "tr", "ru"),
     *("nl", "cs", "ar", "zh-cn", "hu", "ko", "ja", "hi"),
@@ -89,6 +98,34 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
 
 
+def load(
+    files: dict[str, Path],
+    *,
+    device: str = "cpu",
+    voices: Sequence[str] = (),
+    languages: Sequence[str] = (),
+    **settings: str,
+) -> XttsModel:
+    meta = ModelMeta(
+        model_id="xtts-tiny",
+        family="xtts",
+        voices=list(voices),
+        languages=list(languages),
+        settings=settings,
+    )
+    return XttsAdapter().load(meta, files, device, lambda _: None)
+
+
+def spec(voice: str = "", language: str = "", **settings: str) -> VoiceSpec:
+    return VoiceSpec(voice, language, {**LIKELIEST, **settings})
+
+
+def said(model: XttsModel, text: str, voice: VoiceSpec | None = None) -> Float32:
+    stream = model.stream([Segment(text, 0)], voice or spec(), CancelToken())
+    sound = [chunk.samples for chunk in stream]
+    return np.concatenate(sound) if sound else np.empty(0, dtype=np.float32)
+
+
 def _enlarge(module: Any, parts: tuple[str, ...]) -> None:
     import torch
 
@@ -114,9 +151,8 @@ def _write_vocabulary(path: Path) -> dict[str, int]:
         {"id": i, "content": token, "special": True, **marks} for i, token in enumerate(special)
     ]
     bpe = {"type": "BPE", "unk_token": "[UNK]", "vocab": vocabulary, "merges": []}
-    bpe |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    whole: dict[str, Any] = {"version": "1.0", "added_tokens": added, "model": bpe}
-    whole |= {"pre_tokenizer": {"type": "Whitespace"}, "truncation": None, "padding": None}
-    whole |= {"normalizer": None, "post_processor": None, "decoder": None}
-    path.write_text(json.dumps(whole))
+    whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}}
+    model = bpe | dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    unused = ("truncation", "padding", "normalizer", "post_processor", "decoder")
+    path.write_text(json.dumps({**whole, **dict.fromkeys(unused), "model": model}))
     return vocabulary
