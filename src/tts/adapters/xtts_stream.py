@@ -160,10 +160,10 @@ class Watch:
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """Whether each row is done, bool (rows). Raises Cancelled."""
-        import torch
-
         if self._cancel.cancelled:
             raise Cancelled
+        import torch
+
         self.codes += 1
         done = self.codes >= self._most
         return torch.full(input_ids.shape[:1], done, dtype=torch.bool, device=input_ids.device)
