@@ -133,4 +133,22 @@ def text_normalisers() -> tuple[Any, Any] | None:
         from wetext import Normalizer  # type: ignore[import-not-found,unused-ignore]
     except (PackageNotFoundError, ImportError, ValueError):
         return None
-    return Normalizer(remove_erhua=False), Normalizer()
+    return CarefulNormaliser(Normalizer(remove_erhua=False)), CarefulNormaliser(Normalizer())
+
+
+class CarefulNormaliser:
+    """wetext's, which fails on two spaces in a row and puts a backslash before every quote."""
+
+    def __init__(self, normaliser: Any) -> None:
+        self._normaliser = normaliser
+
+    def normalize(self, text: str) -> str:
+        plain = " ".join(text.replace("\\", " ").split())
+        if not plain:
+            return ""
+        try:
+            said: str = self._normaliser.normalize(plain)
+        except Exception as error:  # what its grammars cannot take is said as it is written
+            _log.warning("a text could not be normalised (%s)", type(error).__name__)
+            return plain
+        return said.replace("\\", "")

@@ -141,7 +141,7 @@ class CosyVoice2Model:
         if language is None:
             raise UnknownName.among("language", spec.language, self.languages)
         settings = read_settings(_VOICE, self._defaults, spec.settings)
-        return VoiceSpec(voice, language, {key: str(value) for key, value in settings.items()})
+        return VoiceSpec(voice, language, {key: _written(value) for key, value in settings.items()})
 
     def stream(
         self, segments: Iterable[Segment], spec: VoiceSpec, cancel: CancelToken
@@ -169,6 +169,10 @@ class CosyVoice2Model:
         instruct = instruction(str(values["emotion"]), unmarked(str(values["instruct"])))
         speed, seed = float(str(values["speed"])), int(float(str(values["seed"])))
         return Manner(spec.voice, instruct, speed, seed)
+
+
+def _written(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _fitting(segments: Iterable[Segment], cancel: CancelToken) -> Iterator[Segment]:
@@ -262,4 +266,4 @@ class _Run:
             yield " " + self._normal(segment)
 
     def _normal(self, segment: Segment) -> str:
-        return self._engine.normal(unmarked(" ".join(segment.text.split())))
+        return self._engine.normal(" ".join(unmarked(segment.text).split()))

@@ -6,10 +6,12 @@ Field numbers are those of onnx.proto (IR version 8).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int32): 6}
+_TYPES = {"float32": 1, "int32": 6}
 
 
 def model(graph: bytes) -> bytes:
@@ -41,13 +43,13 @@ def value(name: str, kind: type[np.generic], shape: Sequence[int | str]) -> byte
     dims = b"".join(
         _field(1, _number(1, d) if isinstance(d, int) else _field(2, d.encode())) for d in shape
     )
-    tensor = _number(1, _TYPES[np.dtype(kind)]) + _field(2, dims)
+    tensor = _number(1, _TYPES[np.dtype(kind).name]) + _field(2, dims)
     return _field(1, name.encode()) + _field(2, _field(1, tensor))
 
 
-def constant(name: str, array: np.ndarray) -> bytes:
+def constant(name: str, array: NDArray[Any]) -> bytes:
     dims = b"".join(_number(1, d) for d in array.shape)
-    kind = _number(2, _TYPES[array.dtype])
+    kind = _number(2, _TYPES[array.dtype.name])
     return dims + kind + _field(8, name.encode()) + _field(9, array.tobytes())
 
 

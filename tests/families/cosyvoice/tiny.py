@@ -149,7 +149,7 @@ def _byte_pairs() -> tuple[dict[str, int], list[str]]:
 
 
 def _speech_tokenizer(count: int) -> bytes:
-    """feats (1, 128, T) f32, length (1,) i32 → ids (1, T / 4) i32: 25 a second, like the real one."""
+    """feats (1, 128, T) f32, length (1,) i32 → ids (1, T / 4) i32: 25 a second."""
     nodes = [
         onnx.node("AveragePool", "feats", "pooled", kernel_shape=[4], strides=[4]),
         onnx.node("ReduceMean", "pooled", "mean", axes=[1], keepdims=0),
