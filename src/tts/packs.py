@@ -124,8 +124,10 @@ class RecordingLimits:
     transcripts: Transcripts = Transcripts.WISHED
     shortest_ms: int = SHORTEST_MS
     longest_ms: int = LONGEST_MS
-    presets: bool = False
-    """The entry's `voices` may be voices of the model's own, without a recording."""
+    presets: str = ""
+    """The file with voices of the model's own; without it or a recording there is no voice."""
+    makes_up: bool = False
+    """It speaks without either."""
 
 
 _DATA_ONLY = {("cosyvoice2", "cosyvoice2.yaml")}
@@ -172,14 +174,17 @@ def _check_recordings(
     if limits is None:
         return
     meta = pack.meta
-    listed = () if limits.presets else meta.voices
+    listed = () if limits.presets or limits.makes_up else meta.voices
     try:
         references = read_references(meta.model_id, files, listed, limits.transcripts)
     except DuplexError as error:
         verdict.problems.append(error.message)
         return
-    if not any(references.values()):
-        verdict.notes.append("ref/ holds no recording; docs/voicepacks.md says what a voice needs")
+    if limits.presets and limits.presets not in files and not any(references.values()):
+        verdict.missing.append(
+            f"there is no voice in it: put 5 to 15 s of one into ref/seed.wav, and what is said "
+            f"into ref/seed.txt, or bring {limits.presets}"
+        )
     for reference in filter(None, references.values()):
         try:
             read_recording(
@@ -192,9 +197,9 @@ def _check_recordings(
 _LIMITS: dict[str, RecordingLimits] = {
     "sesame": RecordingLimits(),
     "unsloth_sesame": RecordingLimits(),
-    "xtts": RecordingLimits(Transcripts.OPTIONAL, shortest_ms=1_000, presets=True),
-    "spark_tts": RecordingLimits(Transcripts.OPTIONAL, presets=True),
-    "cosyvoice2": RecordingLimits(Transcripts.OPTIONAL, presets=True),
+    "xtts": RecordingLimits(Transcripts.OPTIONAL, shortest_ms=1_000, presets="speakers_xtts.pth"),
+    "spark_tts": RecordingLimits(Transcripts.OPTIONAL, makes_up=True),
+    "cosyvoice2": RecordingLimits(Transcripts.NEEDED, presets="spk2info.pt"),
 }
 
 

@@ -8,6 +8,9 @@ from src.orchestrator.router import _merge, _worker_json
 from src.orchestrator.routing import WorkerView
 from src.rpc.announcement import Announcement, Hardware, WorkerMetrics
 from src.rpc.generated import tts_pb2 as pb
+from src.tts.catalog import ROOT, load_catalog
+from src.tts.model_manager import ModelState, ModelStatus
+from src.tts.service import _model_info
 
 
 def model(state: int, **fields: object) -> pb.ModelInfo:
@@ -29,6 +32,17 @@ def test_one_that_is_never_let_go_has_no_time_left_to_count() -> None:
     found = [("a", model(pb.RESIDENT, ttl_left_ms=-1)), ("b", model(pb.RESIDENT, ttl_left_ms=1))]
     assert _merge(found).ttl_left_ms == -1
     assert _merge([("a", model(pb.COLD))]).ttl_left_ms == -1
+
+
+def test_the_licence_of_every_shipped_model_reaches_whoever_asks_which_there_are() -> None:
+    """From the catalog through ListModels, cold as it is, to /v1/models."""
+    catalog = load_catalog(ROOT / "configs" / "model_catalog.yaml")
+    for meta in catalog.models.values():
+        listed = _model_info(ModelStatus(meta, ModelState.COLD, is_default=False))
+        assert listed.licence == meta.licence
+        assert _merge([("a", listed)]).as_json()["licence"] == meta.licence
+    assert "NON-COMMERCIAL" in catalog.get("xtts-v2-en").licence
+    assert "NON-COMMERCIAL" in catalog.get("spark-tts-0.5b").licence
 
 
 def test_a_loading_model_shows_how_far_it_is() -> None:

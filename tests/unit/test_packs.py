@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 import soundfile
 
 from src.rpc.errors import UnknownName
-from src.tts.adapters import FAMILIES, xtts_loading
+from src.tts.adapters import FAMILIES, cosyvoice2_pack, xtts_loading, xtts_pack
 from src.tts.catalog import ROOT, load_catalog
 from src.tts.packs import Pack, State, Verdict, check_pack, find_packs, limits_of, pick
 from src.tts.recordings import Transcripts
@@ -31,6 +35,10 @@ models:
   - {model_id: espeak-en, family: espeak}
 """
 HEADER = json.dumps({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
+_ZIP = io.BytesIO()
+with zipfile.ZipFile(_ZIP, "w") as _made:
+    _made.writestr("m/data.pkl", pickle.dumps({}, 2))
+PLAIN = _ZIP.getvalue()
 WEIGHTS = struct.pack("<Q", len(HEADER)) + HEADER + b"1234"
 
 
@@ -97,11 +105,13 @@ def test_a_folder_with_nothing_but_notes_is_not_fetched_yet(root: Path) -> None:
     put(root, "voicepacks/cosyvoice2/en-base/README.md", "what to put here")
     found = verdict(root, "cosyvoice2", "en-base")
     assert found.state is State.ABSENT
-    assert found.missing == ["cosyvoice2.yaml is not there", "llm.safetensors is not there"]
+    assert found.missing[:2] == ["cosyvoice2.yaml is not there", "llm.safetensors is not there"]
 
 
 def whole(root: Path) -> Path:
     folder = root / "voicepacks/cosyvoice2/en-base"
+    record(folder, "seed.wav")
+    put(folder, "ref/seed.txt", "what is said")
     put(folder, "cosyvoice2.yaml", "seed: !apply:random.seed [1986]")
     put(folder, "llm.safetensors")
     return folder
@@ -110,7 +120,7 @@ def whole(root: Path) -> Path:
 def test_a_pack_with_all_it_needs_is_good_without_what_is_optional(root: Path) -> None:
     whole(root)
     found = verdict(root, "cosyvoice2", "en-base")
-    assert (found.state, found.files, found.problems) == (State.OK, 2, [])
+    assert (found.state, found.files, found.problems) == (State.OK, 4, [])
     assert any("spk2info.pt is not there" in note for note in found.notes)
 
 
@@ -148,7 +158,7 @@ def test_a_cut_off_file_is_bad_by_name(root: Path) -> None:
 
 def record(folder: Path, name: str, seconds: float = 3.0, channels: int = 1) -> None:
     path = folder / "ref" / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     samples = rng.normal(0, 0.1, (int(24_000 * seconds), channels)).astype(np.float32)
     soundfile.write(path, samples, 24_000)
@@ -163,19 +173,22 @@ def test_a_recording_that_no_voice_can_be_made_of_is_bad(
 ) -> None:
     folder = whole(root)
     record(folder, "seed.wav", seconds, channels)
-    put(folder, "ref/seed.txt", "what is said")
     found = verdict(root, "cosyvoice2", "en-base")
     assert found.state is State.BAD
     assert said in found.problems[0]
 
 
-def test_a_good_recording_is_good(root: Path) -> None:
+def test_a_pack_without_a_voice_is_bad_unless_its_family_makes_one_up(root: Path) -> None:
     folder = whole(root)
-    record(folder, "seed.wav")
-    put(folder, "ref/seed.txt", "what is said")
+    shutil.rmtree(folder / "ref")
     found = verdict(root, "cosyvoice2", "en-base")
-    assert (found.state, found.files) == (State.OK, 4)
-    assert not any("ref/" in note for note in found.notes)
+    assert (found.state, found.problems) == (State.BAD, [])
+    assert "put 5 to 15 s of one into ref/seed.wav" in found.missing[0]
+    put(folder, "spk2info.pt", PLAIN)
+    assert verdict(root, "cosyvoice2", "en-base").state is State.OK
+    put(root, "voicepacks/spark_tts/mine/metadata.yaml", "")
+    put(root, "voicepacks/spark_tts/mine/model.safetensors")
+    assert verdict(root, "spark_tts", "mine").state is State.OK
 
 
 def test_a_voice_without_the_transcript_that_its_family_needs_is_bad(root: Path) -> None:
@@ -186,9 +199,25 @@ def test_a_voice_without_the_transcript_that_its_family_needs_is_bad(root: Path)
     assert "has ref/anna.wav but not ref/anna.txt" in problem
 
 
+def test_a_listed_voice_may_be_a_preset_and_must_otherwise_be_recorded(root: Path) -> None:
+    put(root, "voicepacks/xtts/mine/metadata.yaml", "voices: [ana]")
+    put(root, "voicepacks/xtts/mine/speakers_xtts.pth", PLAIN)
+    assert verdict(root, "xtts", "mine").state is State.OK
+    put(root, "voicepacks/sesame/mine/metadata.yaml", "voices: [ana, bo]")
+    folder = put(root, "voicepacks/sesame/mine/model.safetensors").parent
+    record(folder, "bo.wav")
+    put(folder, "ref/bo.txt", "what is said")
+    (problem,) = verdict(root, "sesame", "mine").problems
+    assert "unknown recording for a voice of sesame-mine 'ana'" in problem
+
+
 def test_the_limits_are_the_adapters_own() -> None:
     xtts = limits_of("xtts")
     assert xtts is not None
+    assert xtts.presets == xtts_pack.PRESETS
+    cosy = limits_of("cosyvoice2")
+    assert cosy is not None
+    assert cosy.presets == cosyvoice2_pack.PRESETS
     assert (xtts.shortest_ms, xtts.transcripts) == (xtts_loading._SHORTEST_MS, Transcripts.OPTIONAL)
     takes_recordings = {family for family in FAMILIES if limits_of(family) is not None}
     assert takes_recordings == {"sesame", "unsloth_sesame", "xtts", "spark_tts", "cosyvoice2"}
