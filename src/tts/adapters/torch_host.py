@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import random
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from src.rpc.errors import CorruptModel, InvalidArgument
+
+# What reading a file raises that was cut short or is something else (bytes changed at random).
+_TORN = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
+    AssertionError, struct.error,
+)  # fmt: skip
 
 
 def check_device(model_id: str, device: str) -> Any:
@@ -52,7 +59,7 @@ def load_plain(model_id: str, path: Path, device: Any = "cpu") -> Any:
             f"{model_id}: {path.name} holds pickled objects, which may run any code, so it is not "
             f"read. If you trust its maker: uv run just voicepack-convert {path}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _TORN as error:
         raise CorruptModel(f"{model_id}: {path.name} cannot be read: {error}") from error
 
 
