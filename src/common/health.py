@@ -18,7 +18,7 @@ class NotReady(Exception):
 
 
 def check(target: str) -> None:
-    """`http://host:port/path` must answer 200, `grpc://host:port` that it serves. Raises NotReady."""
+    """http://host:port/path must answer 200, grpc://host:port that it serves. Raises NotReady."""
     scheme, _, address = target.partition("://")
     if scheme == "grpc":
         _check_grpc(address)

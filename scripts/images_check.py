@@ -1,0 +1,350 @@
+"""Are the images and the compose file any good? Builds them, starts them, and talks to them.
+
+`just images-check`: the default services of docker-compose.yml by its own settings, on stand-in
+bases made by debootstrap, and a spoken question through the command-line client. Needs root and
+{tools}; takes ten minutes and 6 GB, leaves nothing behind and writes nothing into the repository.
+It proves the Dockerfiles' steps, the lock on that Python, and every setting the services run with.
+It proves nothing about CUDA, about the bases of a registry, or about published ports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import soundfile
+from rich.console import Console
+from rich.table import Table
+
+from scripts import images_engine as engine
+from scripts.compose_file import ComposeError, Service, read_env_file, services
+from scripts.images_engine import ROOT, Bases, Container, EngineError, Network
+from src.audio.pcm import level_dbfs
+from src.common.livekit_server import LiveKitUnavailable, find_binary
+from src.demo.recording import MIC_RATE
+from src.demo.user_voice import speak_lines
+from src.demo.wer import word_errors
+
+QUESTION = "What is the capital of France?"
+VOICE = "piper-en-joe"
+READY_S = 180.0
+MAX_WER = 0.35
+AUDIBLE_DBFS = -50.0
+COSYVOICE = "tts-cosyvoice"
+COSYVOICE_URLS = {"COSYVOICE_URL": "https://github.com/FunAudioLLM/CosyVoice",
+                  "MATCHA_URL": "https://github.com/shivammehta25/Matcha-TTS"}  # fmt: skip
+
+
+class Failed(Exception):
+    """Something that users would run does not do what it should."""
+
+
+@dataclass
+class Findings:
+    """What is worth writing down."""
+
+    sizes_mb: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Service → its image, and the base inside it."""
+    build_s: dict[str, float] = field(default_factory=dict)
+    ready_s: dict[str, float] = field(default_factory=dict)
+    stop_s: dict[str, float] = field(default_factory=dict)
+    turn: dict[str, Any] = field(default_factory=dict)
+
+
+class Progress:
+    """One line a step, with the seconds since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s[/]  {text}")
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def environment() -> dict[str, str]:
+    """.env as a new user would have it: the example with the two secrets filled in."""
+    made = {name: secrets.token_hex(24) for name in ("DUPLEX_API_KEY", "LIVEKIT_API_SECRET")}
+    return {**read_env_file(ROOT / ".env.example"), **made}
+
+
+def in_order(wanted: Mapping[str, Service]) -> list[Service]:
+    """Each after what it depends on."""
+    done: dict[str, Service] = {}
+
+    def visit(service: Service) -> None:
+        for name in service.depends_on:
+            if name in wanted and name not in done:
+                visit(wanted[name])
+        done[service.name] = service
+
+    for service in wanted.values():
+        visit(service)
+    return list(done.values())
+
+
+class Check:
+    def __init__(self, progress: Progress, folder: Path, *, livekit: Path | None) -> None:
+        self._say = progress.say
+        self._folder = folder
+        self._env = environment()
+        self.bases = Bases(progress.say, livekit)
+        self.findings = Findings()
+        self.all = services(ROOT / "docker-compose.yml", self._env)
+        default = {name: one for name, one in self.all.items() if not one.profiles}
+        if livekit is None:
+            del default["livekit-server"]
+        self.services = in_order(default)
+
+    # --- building ---
+
+    def build(self, service: Service, more: dict[str, str], mounts: list[Path]) -> str:
+        """The image to run; for what we do not build ourselves, a stand-in."""
+        if not service.dockerfile:
+            return self.bases.standing_in_for(service.image)
+        base = self.bases.standing_in_for(service.build_args["BASE"])
+        self._say(f"{service.name}: {service.dockerfile} on {base}")
+        image = f"{engine.PREFIX}/{service.name}"
+        self.findings.build_s[service.name] = timed(
+            lambda: engine.build(service, base, more, mounts)
+        )
+        self.findings.sizes_mb[service.name] = engine.size_mb(image), engine.size_mb(base)
+        return image
+
+    # --- running ---
+
+    def run(self) -> None:
+        """Raises Failed, EngineError."""
+        images = {service.name: self.build(service, {}, []) for service in self.services}
+        self._refuses_without_key(images["orchestrator"])
+        network = Network(images["redis"], list(images), self._folder / "hosts")
+        network.open()
+        running = {service.name: Container(service, network) for service in self.services}
+        for service in self.services:
+            self._start(running[service.name], images[service.name])
+        for name in ("orchestrator", "tts0"):
+            self._is_confined(running[name])
+        self._talk(network)
+        for service in reversed(self.services):
+            self._stop(running[service.name])
+
+    def _refuses_without_key(self, image: str) -> None:
+        try:
+            engine.podman("run", "--rm", "--network", "none", "--env", "DUPLEX_API_KEY=", image)
+        except EngineError as error:
+            if "without an API key" in str(error):
+                self._say("orchestrator without a key: refused")
+                return
+            raise
+        raise Failed("the orchestrator started on every interface without an API key")
+
+    def _start(self, container: Container, image: str) -> None:
+        name = container.service.name
+
+        def until_ready() -> None:
+            container.start(image)
+            deadline = time.monotonic() + READY_S
+            while not container.healthy():
+                if not container.running() or time.monotonic() > deadline:
+                    raise Failed(f"{name} did not get healthy:\n{container.logs()[-3000:]}")
+                time.sleep(0.3)
+
+        self.findings.ready_s[name] = timed(until_ready)
+        self._say(f"{name}: healthy after {self.findings.ready_s[name]:.1f} s")
+
+    def _is_confined(self, container: Container) -> None:
+        user = engine.podman("exec", container.name, "id", "-u").strip()
+        if user == "0":
+            raise Failed(f"{container.name} runs as root")
+        probe = "for d in /app /etc /home; do touch $d/probe 2>/dev/null && echo $d; done; true"
+        writable = engine.podman("exec", container.name, "sh", "-c", probe).split()
+        if writable:
+            raise Failed(f"{container.name} can write into {', '.join(writable)}")
+        self._say(f"{container.service.name}: user {user}, read-only root")
+
+    def _stop(self, container: Container) -> None:
+        name, status = container.service.name, 0
+
+        def stop() -> None:
+            nonlocal status
+            status = container.stop()
+
+        self.findings.stop_s[name] = timed(stop)
+        if status:
+            raise Failed(f"{name} ended with {status} on SIGTERM:\n{container.logs()[-2000:]}")
+        self._say(f"{name}: stopped in {self.findings.stop_s[name]:.1f} s, status 0")
+
+    # --- talking ---
+
+    def _talk(self, network: Network) -> None:
+        question, reply = self._folder / "question.wav", self._folder / "reply.wav"
+        me = [*network.inside, sys.executable, "-m", "scripts.images_check"]
+        engine.call([*me, "--speak_into", str(question)])
+        self._say(f"asking: {QUESTION}")
+        client = [*network.inside, sys.executable, "-m", "src.client.cli_client", "--json"]
+        client += ["--no_devices", "--host", "ws://127.0.0.1:8080", "--in", str(question)]
+        answer = subprocess.run(  # noqa: S603 - our own client
+            [*client, "--out", str(reply)],
+            # Not an argument: everybody on the machine can read those.
+            env={**os.environ, "DUPLEX_API_KEY": self._env["DUPLEX_API_KEY"]},
+            capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        if answer.returncode:
+            raise Failed(f"the client ended with {answer.returncode}: {answer.stderr[-1000:]}")
+        events = [json.loads(line) for line in answer.stdout.splitlines()]
+        self.findings.turn = judge(events, reply)
+        self._say(f"understood: {self.findings.turn['understood']}")
+        self._say(f"answered:   {self.findings.turn['answered']}")
+
+    # --- CosyVoice's image ---
+
+    def cosyvoice(self) -> None:
+        """Builds it and imports what it is for; without a pack it must say what is missing."""
+        urls, mounts = dict(COSYVOICE_URLS), []
+        for name in urls:
+            if given := os.environ.get(name):
+                urls[name] = given
+                mounts += [Path(given.removeprefix("file://"))] if given.startswith("file:") else []
+        service = self.all[COSYVOICE]
+        image = self.build(service, urls, mounts)
+        what = (
+            "import sys, torch; from cosyvoice.flow import flow; "
+            "print(sys.version.split()[0], torch.__version__)"
+        )
+        home = "PYTHONPATH=/opt/cosyvoice:/opt/cosyvoice/third_party/Matcha-TTS"
+        flags = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/cache", "--env", home]
+        found = engine.podman("run", *flags, image, "python", "-c", what).strip()
+        self._say(f"{COSYVOICE}: {found}, CosyVoice's own modules import")
+        try:
+            engine.podman("run", *flags, image)
+        except EngineError as error:
+            if "no voice pack in" not in str(error):
+                raise
+            self._say(f"{COSYVOICE}: says that the voice pack is missing")
+        else:
+            raise Failed(f"{COSYVOICE} started without a voice pack")
+
+
+def judge(events: list[dict[str, Any]], reply: Path) -> dict[str, Any]:
+    """The turn as it was. Raises Failed when it was none."""
+    finals = [e["text"] for e in events if e["type"] == "transcript" and e["final"]]
+    understood = " ".join(finals)
+    if word_errors(QUESTION, understood).rate > MAX_WER:
+        raise Failed(f"asked {QUESTION!r}, understood {understood!r}")
+    answered = "".join(e["text"] for e in events if e["type"] == "reply.text").strip()
+    samples, rate = soundfile.read(reply, dtype="int16")
+    if not answered or level_dbfs(samples) < AUDIBLE_DBFS:
+        raise Failed(f"the reply is {answered!r} at {level_dbfs(samples):.0f} dBFS")
+    latency = next((e for e in events if e["type"] == "latency"), None)
+    if latency is None:
+        raise Failed("no latency was told of the turn")
+    return {
+        "understood": understood,
+        "answered": answered,
+        "first_audio_ms": latency["first_audio_ms"],
+        "reply_s": round(len(samples) / rate, 1),
+    }
+
+
+def show(console: Console, findings: Findings) -> None:
+    table = Table("image", "size MB", "of it base MB", "built s", "healthy s", "stopped s")
+    for name in {**findings.sizes_mb, **findings.ready_s}:
+        size, base = findings.sizes_mb.get(name, ("", ""))
+        times = (findings.build_s, findings.ready_s, findings.stop_s)
+        cells = [f"{of[name]:.1f}" if name in of else "" for of in times]
+        table.add_row(name, str(size), str(base), *cells)
+    console.print(table)
+    if findings.turn:
+        console.print(
+            f"first audio of the reply {findings.turn['first_audio_ms']} ms after the question"
+        )
+
+
+def speak_question(path: Path) -> None:
+    """Inside the containers' network: the question, in the worker's own voice."""
+    [clip] = asyncio.run(speak_lines("127.0.0.1:7001", [QUESTION], VOICE))
+    soundfile.write(path, clip, MIC_RATE)
+
+
+def livekit_binary() -> Path | None:
+    try:
+        return find_binary()
+    except LiveKitUnavailable:
+        return None
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    described = (__doc__ or "").format(tools=", ".join(engine.TOOLS))
+    parser = argparse.ArgumentParser(
+        description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cosyvoice",
+        action="store_true",
+        help="build CosyVoice's image too (8 GB more); COSYVOICE_URL and MATCHA_URL may name "
+        "repositories on this machine (file:///…)",
+    )
+    parser.add_argument("--only_cosyvoice", action="store_true", help="and nothing else")
+    parser.add_argument("--keep", action="store_true", help="leave images for a look at them")
+    parser.add_argument("--speak_into", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def check(console: Console, args: argparse.Namespace) -> None:
+    progress = Progress(console)
+    livekit = livekit_binary()
+    if livekit is None:
+        progress.say("no livekit-server on this machine: left out (`just livekit-server`)")
+    with tempfile.TemporaryDirectory(prefix="duplex-check-") as folder:
+        run = Check(progress, Path(folder), livekit=livekit)
+        engine.tidy(run.bases, keep_images=True)
+        try:
+            if not args.only_cosyvoice:
+                run.run()
+            if args.cosyvoice or args.only_cosyvoice:
+                run.cosyvoice()
+        finally:
+            engine.tidy(run.bases, keep_images=args.keep)
+            show(console, run.findings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.speak_into is not None:
+        speak_question(args.speak_into)
+        return 0
+    missing = engine.missing_tools()
+    if missing or os.geteuid() != 0:
+        lacking = f"not here: {', '.join(missing)}" if missing else "needs root"
+        print(f"images-check: {lacking}. {engine.HOW_TO_GET}", file=sys.stderr)
+        return 2
+    console = Console(soft_wrap=True)
+    try:
+        check(console, args)
+    except (Failed, EngineError, ComposeError) as error:
+        console.print(f"[bold red]✗[/] {error}", markup=True)
+        return 1
+    console.print("[bold green]✓[/] the images build, start by the compose file, and hold a turn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

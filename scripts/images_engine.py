@@ -1,0 +1,282 @@
+"""Building and running without a Docker engine: debootstrap, buildah, podman and runc.
+
+Bases come from Debian's and Ubuntu's mirrors instead of a registry, so that nothing but a package
+mirror has to be reached. Containers share one network of their own with nothing in it but the
+loopback; every service is its own name there, and the machine's ports stay free.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.compose_file import Service
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("podman", "buildah", "runc", "debootstrap")
+HOW_TO_GET = (
+    "apt-get install -y --no-install-recommends podman buildah runc debootstrap netavark "
+    "fuse-overlayfs catatonit"
+)
+PREFIX = "localhost/duplex-check"
+MIRRORS = {
+    "bookworm": "http://deb.debian.org/debian",
+    "jammy": "http://archive.ubuntu.com/ubuntu",
+    "noble": "http://archive.ubuntu.com/ubuntu",
+}
+_KEYRINGS = Path("/usr/share/keyrings")
+_LOCAL_CA = Path("/usr/local/share/ca-certificates")
+_CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+_ULIMITS = ["--ulimit", "nofile=1024:4096", "--ulimit", "nproc=1000:1000"]
+_TAIL_LINES = 15
+
+
+class EngineError(RuntimeError):
+    """A tool is missing or failed; the message has its last lines."""
+
+
+def missing_tools() -> list[str]:
+    return [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+def call(argv: Sequence[str], *, stdin: str | None = None) -> str:
+    """stdout. Raises EngineError with the end of what was printed."""
+    done = subprocess.run(  # noqa: S603 - argument lists, and the programs are ours to name
+        argv, input=stdin, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_TAIL_LINES:])
+        raise EngineError(f"{' '.join(argv[:4])} … ended with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def podman(*args: str) -> str:
+    return call(["podman", "--runtime", "runc", *args])
+
+
+@dataclass
+class Bases:
+    """Stand-ins for the images that ours are built on, made when they are asked for."""
+
+    say: Callable[[str], None]
+    livekit_binary: Path | None = None
+    made: dict[str, str] = field(default_factory=dict)
+
+    def standing_in_for(self, image: str) -> str:
+        """The local image to use for `image`. Raises EngineError if there is none for it."""
+        if image.startswith("python:"):
+            return self._on("bookworm", "python", "python3 python3-venv")
+        if image.startswith("redis:"):
+            return self._on("bookworm", "redis", "redis-server")
+        if image.startswith("livekit/livekit-server:"):
+            return self._livekit()
+        for release, mark in (("jammy", "ubuntu22.04"), ("noble", "ubuntu24.04")):
+            if image.endswith(mark):
+                return self._system(release)
+        if image.startswith("debian:bookworm"):
+            return self._system("bookworm")
+        raise EngineError(f"no stand-in for the base {image}")
+
+    def _on(self, release: str, name: str, packages: str) -> str:
+        install = (
+            f"RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends {packages} "
+            "&& rm -rf /var/lib/apt/lists/*"
+        )
+        return self._derive(name, [f"FROM {self._system(release)}", install])
+
+    def _livekit(self) -> str:
+        if self.livekit_binary is None:
+            raise EngineError("no livekit-server here; `just livekit-server` builds one")
+        base = self._on("bookworm", "wget", "wget")
+        lines = [f"FROM {base}", "COPY livekit-server /", 'ENTRYPOINT ["/livekit-server"]']
+        return self._derive("livekit", lines, self.livekit_binary)
+
+    def _derive(self, name: str, lines: list[str], file: Path | None = None) -> str:
+        tag = f"{PREFIX}/base-{name}"
+        if tag not in self.made:
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "Dockerfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                if file is not None:
+                    shutil.copy(file, Path(folder, "livekit-server"))
+                _bud(tag, Path(folder), [])
+            self.made[tag] = name
+        return tag
+
+    def _system(self, release: str) -> str:
+        tag = f"{PREFIX}/{release}"
+        if tag in self.made:
+            return tag
+        self.say(f"{release} by debootstrap, in place of a registry's image")
+        with tempfile.TemporaryDirectory(prefix="duplex-rootfs-") as folder:
+            root = Path(folder, "root")
+            call([*_debootstrap(release), str(root), MIRRORS[release]])
+            _trust_as_here(root)
+            changes = [f"ENV {name}={_CA_BUNDLE}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
+            options = [part for change in changes for part in ("-c", change)]
+            archive = Path(folder, "root.tar")
+            call(["tar", "-C", str(root), "-cf", str(archive), "."])
+            podman("import", *options, str(archive), tag)
+        self.made[tag] = release
+        return tag
+
+
+def _debootstrap(release: str) -> list[str]:
+    argv = ["nice", "-n", "15", "debootstrap", "--variant=minbase", "--include=ca-certificates"]
+    if "ubuntu" in MIRRORS[release]:
+        keyring = _KEYRINGS / "ubuntu-archive-keyring.gpg"
+        # A base that is thrown away an hour later; without the keyring it is good for that only.
+        argv.append(f"--keyring={keyring}" if keyring.is_file() else "--no-check-gpg")
+        argv.append("--components=main,universe")
+    return [*argv, release]
+
+
+def _trust_as_here(root: Path) -> None:
+    """The certificates that this machine was told to trust, for whoever sits behind a proxy."""
+    into = root / _LOCAL_CA.relative_to("/")
+    into.mkdir(parents=True, exist_ok=True)
+    for certificate in sorted(_LOCAL_CA.glob("*.crt")) if _LOCAL_CA.is_dir() else ():
+        shutil.copy(certificate, into)
+    call(["chroot", str(root), "update-ca-certificates"])
+    for package in (root / "var/cache/apt/archives").glob("*.deb"):
+        package.unlink()
+
+
+def _bud(tag: str, context: Path, options: Sequence[str]) -> None:
+    # Docker's format: OCI's has no HEALTHCHECK.
+    fixed = ["--isolation", "chroot", "--network", "host", "--format", "docker"]
+    call(["nice", "-n", "15", "buildah", "bud", *fixed, *options, "-t", tag, str(context)])
+
+
+def build(service: Service, base: str, more_args: dict[str, str], mounts: Sequence[Path]) -> str:
+    """The service's image by the compose file's own build settings, on `base`."""
+    tag = f"{PREFIX}/{service.name}"
+    options = ["-f", str(ROOT / service.dockerfile)]
+    if service.target:
+        options += ["--target", service.target]
+    for name, value in {**service.build_args, "BASE": base, **more_args}.items():
+        options += ["--build-arg", f"{name}={value}"]
+    for mount in mounts:
+        options += ["--volume", f"{mount}:{mount}:ro"]
+    _bud(tag, ROOT, options)
+    return tag
+
+
+def size_mb(image: str) -> int:
+    return round(int(podman("image", "inspect", image, "--format", "{{.Size}}")) / 1e6)
+
+
+@dataclass
+class Network:
+    """One network for all containers of a run, and their names in it."""
+
+    image: str
+    names: Sequence[str]
+    hosts: Path
+    holder: str = "duplex-check-network"
+
+    def open(self) -> None:
+        lines = [f"127.0.0.1 {name}" for name in ("localhost", *self.names)]
+        self.hosts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        flags = ["-d", "--name", self.holder, "--network", "none", *_ULIMITS]
+        podman("run", *flags, self.image, "sleep", "infinity")
+
+    @property
+    def inside(self) -> list[str]:
+        """What a command of this machine is put behind to be in the network."""
+        pid = podman("inspect", self.holder, "--format", "{{.State.Pid}}").strip()
+        return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A service that runs by the compose file's settings."""
+
+    service: Service
+    network: Network
+
+    @property
+    def name(self) -> str:
+        return f"duplex-check-{self.service.name}"
+
+    def start(self, image: str) -> None:
+        podman("run", *run_flags(self, image), image, *self.service.command)
+
+    def healthy(self) -> bool:
+        test = self.service.health_test
+        try:
+            if test:
+                podman("exec", self.name, *test)
+            else:
+                podman("healthcheck", "run", self.name)
+        except EngineError:
+            return False
+        return True
+
+    def running(self) -> bool:
+        return podman("inspect", self.name, "--format", "{{.State.Running}}").strip() == "true"
+
+    def logs(self) -> str:
+        argv = ["podman", "--runtime", "runc", "logs", self.name]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603
+        return done.stdout + done.stderr
+
+    def stop(self) -> int:
+        """SIGTERM, and SIGKILL after the service's grace. Returns the exit status."""
+        podman("stop", "-t", str(self.service.grace_s), self.name)
+        return int(podman("inspect", self.name, "--format", "{{.State.ExitCode}}"))
+
+
+def run_flags(container: Container, image: str) -> list[str]:
+    """The compose file's settings as podman's, which adds less of its own than it would like to."""
+    raw, network = container.service.raw, container.network
+    flags = ["-d", "--name", container.name, "--network", f"container:{network.holder}", *_ULIMITS]
+    flags += ["-v", f"{network.hosts}:/etc/hosts:ro", "--health-interval", "disable"]
+    if raw.get("init"):
+        flags.append("--init")
+    if raw.get("read_only"):
+        flags += ["--read-only", "--read-only-tmpfs=false"]
+    for mount in raw.get("tmpfs", []):
+        flags += ["--tmpfs", mount]
+    for capability in raw.get("cap_drop", []):
+        flags += ["--cap-drop", capability]
+    for option in raw.get("security_opt", []):
+        flags += ["--security-opt", option.removesuffix(":true")]
+    if user := raw.get("user"):
+        flags += ["--user", str(user)]
+    for file in raw.get("env_file", []):
+        flags += ["--env-file", str(ROOT / file)]
+    for name, value in container.service.environment.items():
+        flags += ["--env", f"{name}={value}"]
+    for volume in raw.get("volumes", []):
+        flags += ["--volume", _volume(volume)]
+    return flags
+
+
+def _volume(text: str) -> str:
+    source, target, *mode = text.split(":")
+    if source.startswith((".", "/")):
+        source = os.path.abspath(ROOT / source)
+    else:
+        source = f"duplex-check-{source}"
+    return ":".join([source, target, *mode])
+
+
+def tidy(bases: Bases, *, keep_images: bool) -> None:
+    """Everything that carries our name, and nothing else."""
+    _remove(["ps", "-a", "--format", "{{.Names}}"], "duplex-check-", ["rm", "-f", "-t", "1"])
+    _remove(["volume", "ls", "--format", "{{.Name}}"], "duplex-check-", ["volume", "rm", "-f"])
+    if not keep_images:
+        wanted = ["images", "--format", "{{.Repository}}"]
+        _remove(wanted, PREFIX, ["rmi", "-f"])
+        bases.made.clear()
+
+
+def _remove(listing: Sequence[str], prefix: str, removal: Sequence[str]) -> None:
+    found = [name for name in podman(*listing).split() if name.startswith(prefix)]
+    if found:
+        podman(*removal, *found)
