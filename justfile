@@ -61,6 +61,10 @@ _in FAMILY *COMMAND:
     {{ if FAMILY == "" { "" } else { "UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-" + FAMILY + if env("UV_PYTHON", "") == "" { "" } else { "-" + env("UV_PYTHON") } } }} \
         uv run {{ if FAMILY == "" { "" } else { "--extra " + FAMILY + " --no-group local-models" } }} {{COMMAND}}
 
+# Builds the images and starts the compose file's services with Debian's tools, no engine, and talks to them.
+images-check *ARGS:
+    uv run python -m scripts.images_check {{ARGS}}
+
 # Latency, jitter, processor and memory on 1, 10 and 50 sessions; writes docs/benchmarks.md's table.
 bench *ARGS:
     uv run python -m benchmarks {{ARGS}}
