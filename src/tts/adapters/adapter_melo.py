@@ -212,7 +212,7 @@ def _read_config(model_id: str, files: Mapping[str, Path]) -> dict[str, Any]:
     """config.json, with the parts that the adapter itself reads being there."""
     for name in ("config.json", "checkpoint.pth"):
         if name not in files:
-            raise CorruptModel(f"{model_id}: a melo voice pack needs the file {name!r}")
+            raise CorruptModel(_lacks(model_id, name))
     try:
         config = json.loads(files["config.json"].read_text(encoding="utf-8"))
         data, symbols = config["data"], config["symbols"]
@@ -227,10 +227,17 @@ def _read_config(model_id: str, files: Mapping[str, Path]) -> dict[str, Any]:
     return dict(config)
 
 
+def _lacks(model_id: str, name: str) -> str:
+    return (
+        f"{model_id}: a melo voice pack needs the file {name!r}; "
+        "voicepacks/melo/en/README.md says where to get it and where to put it"
+    )
+
+
 def _bert_folder(model_id: str, files: Mapping[str, Path]) -> Path:
     for name in _BERT_FILES:
         if f"{BERT}/{name}" not in files:
-            raise CorruptModel(f"{model_id}: a melo voice pack needs the file '{BERT}/{name}'")
+            raise CorruptModel(_lacks(model_id, f"{BERT}/{name}"))
     paths = {files[f"{BERT}/{name}"].parent for name in _BERT_FILES}
     wrong = next((n for n in _BERT_FILES if files[f"{BERT}/{n}"].name != n), None)
     if len(paths) > 1 or wrong:
