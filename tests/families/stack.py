@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +280,7 @@ async def rest_of(call: Any) -> list[pb.AudioFrame]:
 
 
 async def listed(stub: Any, model: str) -> pb.ModelInfo:
-    models = (await stub.ListModels(pb.ListModelsReq())).models
+    models: Iterable[pb.ModelInfo] = (await stub.ListModels(pb.ListModelsReq())).models
     return next(found for found in models if found.model_id == model)
 
 

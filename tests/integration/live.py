@@ -71,7 +71,8 @@ async def installation(
 ) -> AsyncIterator[Installation]:
     """Registry, one worker and the orchestrator, on free ports; with `livekit` in rooms too.
 
-    `args` go to the orchestrator, `worker_args` to the module that is the `worker`; `env` lies over what is set here.
+    `args` go to the orchestrator, `worker_args` to the module that is the `worker`; `env` lies
+    over what is set here.
     """
     async with AsyncExitStack() as cleanup:
         redis = await EmbeddedRedis.start()
