@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,10 @@ from src.tts.adapters.cosyvoice2_layers import Sampler, StretchedFlow
 from src.tts.adapters.cosyvoice2_plan import END_OF_PROMPT
 from src.tts.adapters.cosyvoice2_speech import Manner, Vocoder
 from src.tts.adapters.torch_host import give_back_memory
+from src.tts.segmenter import speakable
 
 _RUN = "run"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,14 @@ class TorchEngine:
         return int(self._speakers[voice].speech.shape[1])
 
     def normal(self, text: str) -> str:
-        with self._lock:
-            said: str = self._frontend.text_normalize(text, split=False)
-            return said
+        try:
+            with self._lock:
+                said: str = self._frontend.text_normalize(text, split=False)
+        except (IndexError, AssertionError) as error:
+            # Its rules fail on what they leave nothing of, and on two spaces in a row.
+            _log.warning("a text was not normalised (%s)", type(error).__name__)
+            return text
+        return said if speakable(said) else text
 
     def tokens(self, text: str, manner: Manner) -> Generator[int, None, None]:
         with self._step():

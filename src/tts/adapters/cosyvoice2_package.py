@@ -137,18 +137,12 @@ def text_normalisers() -> tuple[Any, Any] | None:
 
 
 class CarefulNormaliser:
-    """wetext's, which fails on two spaces in a row and puts a backslash before every quote."""
+    """wetext's, which takes no two spaces in a row and puts a backslash before every quote."""
 
     def __init__(self, normaliser: Any) -> None:
         self._normaliser = normaliser
 
     def normalize(self, text: str) -> str:
         plain = " ".join(text.replace("\\", " ").split())
-        if not plain:
-            return ""
-        try:
-            said: str = self._normaliser.normalize(plain)
-        except Exception as error:  # what its grammars cannot take is said as it is written
-            _log.warning("a text could not be normalised (%s)", type(error).__name__)
-            return plain
+        said: str = self._normaliser.normalize(plain) if plain else ""
         return said.replace("\\", "")

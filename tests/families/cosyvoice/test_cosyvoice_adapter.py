@@ -24,6 +24,7 @@ from tests.families.cosyvoice.conftest import Manners
 from tests.families.cosyvoice.packs import chunks, load, sound, spec
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the package's import
 
 TEXT = "Hello there."
 PER_TOKEN = 960
@@ -104,7 +105,9 @@ def test_numbers_are_words_without_a_network(model: CosyVoice2Model) -> None:
     assert "四十二" in normal("我有42元。")
 
 
-@pytest.mark.parametrize("text", ["Two  spaces.", 'He said "no".', "C:\\new", "\\", "?!", "😀 x"])
+@pytest.mark.parametrize(
+    "text", ["Two  spaces.", 'He said "no".', "C:\\new", "？！", "（你）", "😀 x"]
+)
 def test_a_text_that_the_normaliser_chokes_on_is_said_all_the_same(
     model: CosyVoice2Model, text: str
 ) -> None:
@@ -280,7 +283,6 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(model: CosyVoice2M
         assert not engine_of(model)._lock.locked()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", ["clauses", "flowing"])
 def test_an_error_of_the_language_model_is_its_listener_s(
     model: CosyVoice2Model, monkeypatch: pytest.MonkeyPatch, how: str

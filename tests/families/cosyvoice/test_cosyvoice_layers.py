@@ -14,6 +14,7 @@ from src.tts.tts_base import Segment
 from tests.families.cosyvoice.packs import chunks, spec
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the package's import
 
 # From here on transformers takes a mask that is shorter than the past for padding.
 SHORT_MASKS_ARE_PADDED = (4, 53)

@@ -16,6 +16,7 @@ from tests.families.cosyvoice.packs import changed, chunks, files_of, load, rewr
 from tests.families.cosyvoice.tiny import record
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the package's import
 
 HOSTILE = """
 __now: !apply:os.system ["touch {mark}"]
