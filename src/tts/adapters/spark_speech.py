@@ -126,7 +126,7 @@ class SparkTtsModel:
         if language is None:
             raise UnknownName.among("language", spec.language, self.languages)
         read = read_settings(SESSION, self._defaults, spec.settings)
-        values = {name: str(value) for name, value in read.items()}
+        values = {name: _written(value) for name, value in read.items()}
         if self._voices[voice] is not None:
             for name in sorted(set(spec.settings) & set(_STYLE)):
                 raise InvalidArgument(
@@ -198,9 +198,9 @@ class SparkTtsModel:
     def _speaker(self, spec: VoiceSpec, cancel: CancelToken) -> _Speaker:
         llm, _ = self._loaded()
         values = spec.settings
-        seed = int(float(values["seed"]))
+        seed = int(values["seed"])
         sampling = Sampling(
-            float(values["temperature"]), int(float(values["top_k"])), float(values["top_p"])
+            float(values["temperature"]), int(values["top_k"]), float(values["top_p"])
         )
         voice = self._voices[spec.voice]
         if voice is not None:
@@ -238,6 +238,11 @@ class SparkTtsModel:
             raise Internal(
                 f"{self._model_id} could not speak a segment: {type(error).__name__}: {error}"
             ) from error
+
+
+def _written(value: Any) -> str:
+    """As a session would write it; what is counted has no decimals."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 class _Openings:
