@@ -142,9 +142,28 @@ def test_a_hub_that_stays_busy_is_given_up(hub: FakeHub, tmp_path: Path) -> None
 def test_another_content_than_the_pinned_one_is_not_even_fetched_if_the_hub_says_so(
     hub: FakeHub, tmp_path: Path
 ) -> None:
+    hub.stores_elsewhere = True
+    reports: list[int] = []
     with pytest.raises(WrongFile, match=f"{SHA}, the catalog pins {'0' * 64}"):
-        fetch(hub, tmp_path / "model.pth", "0" * 64)
+        download(
+            PLACE,
+            tmp_path / "model.pth",
+            Hub(hub.base),
+            sha256="0" * 64,
+            report=lambda done, total: reports.append(done),
+        )
+    assert reports == []
     assert left(tmp_path / "model.pth") == []
+
+
+def test_a_part_that_is_longer_than_the_file_starts_again(hub: FakeHub, tmp_path: Path) -> None:
+    target = tmp_path / "model.pth"
+    cut(hub, target, 300_000)
+    with (tmp_path / ".model.pth.part").open("ab") as part:
+        part.write(WEIGHTS)
+    fetch(hub, target, SHA)
+    assert target.read_bytes() == WEIGHTS
+    assert len(hub.asked) == 2
 
 
 def test_another_content_than_the_pinned_one_is_not_kept(hub: FakeHub, tmp_path: Path) -> None:

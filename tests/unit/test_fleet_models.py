@@ -9,7 +9,7 @@ from src.orchestrator.routing import WorkerView
 from src.rpc.announcement import Announcement, Hardware, WorkerMetrics
 from src.rpc.generated import tts_pb2 as pb
 from src.tts.catalog import ROOT, load_catalog
-from src.tts.model_manager import ModelState, ModelStatus
+from src.tts.leases import ModelState, ModelStatus
 from src.tts.service import _model_info
 
 
