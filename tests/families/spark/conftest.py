@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,6 @@ def model(voiced_pack: Path) -> Iterator[SparkTtsModel]:
 def package(voiced_pack: Path) -> Any:
     """The package itself on the same pack, its language model in float32 as ours."""
     sys.path.append(os.environ["SPARK_HOME"])
-    from cli.SparkTTS import SparkTTS
-
-    made = SparkTTS(voiced_pack, "cpu")
+    made = import_module("cli.SparkTTS").SparkTTS(voiced_pack, "cpu")
     made.model.float().eval()
     return made
