@@ -158,10 +158,17 @@ def test_a_text_of_any_length_is_spoken_whole(
 
 
 def test_streams_at_once_sound_as_they_do_alone(model: XttsModel) -> None:
+    """Each with its own text, voice and settings."""
     texts = ["Hello", "Other words here", "And a third, longer one", "Four"]
-    alone = [said(model, text) for text in texts]
+    specs = [
+        spec(),
+        spec("Ben", repetition_penalty="1.0"),
+        spec(speed="1.3", repetition_penalty="3.0"),
+        spec("Ben", language="de", temperature="0.3"),
+    ]
+    alone = [said(model, *each) for each in zip(texts, specs, strict=True)]
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda text: said(model, text), texts))
+        together = list(threads.map(lambda *each: said(model, *each), texts, specs))
     for one, same in zip(alone, together, strict=True):
         assert np.array_equal(one, same)
 
