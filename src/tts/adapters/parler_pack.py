@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from src.common.config import ConfigError, read_yaml
 from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
@@ -35,6 +36,8 @@ def pack_folder(model_id: str, files: Mapping[str, Path]) -> Path:
                 f"{model_id}: {name} is missing; docs/families/parler_tts.md says which files of "
                 "the model's page to put where"
             )
+        # The package takes a file that it cannot read for one that is not there.
+        _read_json(model_id, name, files[name])
     folder = files["config.json"].parent
     for name, path in files.items():
         if path != folder / name:
@@ -101,8 +104,17 @@ def _weight_files(model_id: str, files: Mapping[str, Path]) -> list[str]:
 
 
 def _shards(model_id: str, index: Path) -> list[str]:
+    placed = _read_json(model_id, _INDEX, index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CorruptModel(f"{model_id}: {_INDEX} cannot be read: it names no shards")
+    return sorted({str(name) for name in placed.values()})
+
+
+def _read_json(model_id: str, name: str, path: Path) -> dict[str, Any]:
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(name) for name in placed.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptModel(f"{model_id}: {_INDEX} cannot be read: {error!r}") from error
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptModel(f"{model_id}: {name} cannot be read: {error}") from error
+    if not isinstance(read, dict):
+        raise CorruptModel(f"{model_id}: {name} cannot be read: it holds no object")
+    return read

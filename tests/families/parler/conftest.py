@@ -17,3 +17,11 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.families.parler.tiny import make_tiny_pack
 
     return make_tiny_pack(tmp_path_factory.mktemp("parler") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def brief_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but after 151 frames (1.75 s) the pack allows no more."""
+    from tests.families.parler.tiny import make_tiny_pack
+
+    return make_tiny_pack(tmp_path_factory.mktemp("parler") / "brief", max_length=160)

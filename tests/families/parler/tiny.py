@@ -1,7 +1,7 @@
 """A tiny random Parler-TTS voice pack: T5 encoder, decoder and DAC, in the released layout.
 
-Weights are large: with the usual 0.02 attention hardly matters, and a broken mask or cache draws the
-same ids.
+Weights are large: with the usual 0.02 attention hardly matters, and a broken mask or cache draws
+the same ids.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ def make_tiny_pack(
     audio: Any = None,
     shard: str = "1GB",
     positions: int = 1024,
+    max_length: int = 2580,
+    min_steps: int = 0,
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """`end_gain`: logit of the end mark in the first codebook's draws; None: it is never drawn.
+    """`end_gain`: logit of the end mark, 4 for one soon after `min_steps`; None: never drawn.
 
-    The text encoder's width differs from the decoder's (32), as in the large model.
+    `max_length` is the pack's bound, in steps, as `min_steps` is. The text encoder's
+    width differs from the decoder's (32), as in the large model.
     `config` goes to the whole model's configuration.
     """
     before = torch.get_rng_state()
@@ -47,7 +50,7 @@ def make_tiny_pack(
         vocabulary = make_tokenizer(folder)
         model = _model(vocabulary, text_width, audio or _dac(), positions, config)
         _pin_marks(model, end_gain)
-        _set_marks(model)
+        _set_marks(model, max_length, min_steps)
         model.save_pretrained(folder, max_shard_size=shard)
     finally:
         torch.set_rng_state(before)
@@ -133,9 +136,10 @@ def _pin_marks(model: Any, end_gain: float | None) -> None:
             head.weight.data[CODES, 0] = end_gain / 5.0
 
 
-def _set_marks(model: Any) -> None:
+def _set_marks(model: Any, max_length: int, min_steps: int) -> None:
     generation, config = model.generation_config, model.config
     generation.decoder_start_token_id = generation.bos_token_id = CODES + 1
     generation.pad_token_id = generation.eos_token_id = CODES
-    generation.max_length, generation.do_sample = 2580, True
+    generation.max_length, generation.do_sample = max_length, True
+    generation.min_new_tokens = min_steps or None
     config.pad_token_id, config.decoder_start_token_id = CODES, CODES + 1
