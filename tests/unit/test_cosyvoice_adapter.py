@@ -94,7 +94,7 @@ def _progress(done: float) -> None:
 
 
 def test_of_a_yaml_only_the_numbers_are_taken(tmp_path: Path) -> None:
-    mark = tmp_path / "was here"
+    mark = tmp_path / "was_here"
     path = tmp_path / "cosyvoice2.yaml"
     path.write_text(
         f'a: !apply:os.system ["touch {mark}"]\n'

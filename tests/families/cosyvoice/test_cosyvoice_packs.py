@@ -27,7 +27,7 @@ __module: !module:antigravity
 
 
 def test_a_pack_s_yaml_is_never_run(pack: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "was here"
+    mark = tmp_path / "was_here"
     good = (pack / "cosyvoice2.yaml").read_text()
     hostile = changed(
         pack,
@@ -43,7 +43,7 @@ def test_a_pack_s_yaml_is_never_run(pack: Path, tmp_path: Path) -> None:
 def test_the_package_s_loader_would_have_run_it(tmp_path: Path) -> None:
     """So that the test above can fail."""
     hyperpyyaml = pytest.importorskip("hyperpyyaml")
-    mark = tmp_path / "was here"
+    mark = tmp_path / "was_here"
     hyperpyyaml.load_hyperpyyaml(f'a: !apply:os.mkdir ["{mark}"]\n')
     assert mark.exists()
 
