@@ -2,7 +2,8 @@
 
 `just images-check`: the default services of docker-compose.yml by its own settings, on stand-in
 bases made by debootstrap, and a spoken question through the command-line client. Needs root and
-{tools}; takes ten minutes and 6 GB, leaves nothing behind and writes nothing into the repository.
+{tools}; takes ten minutes and 6 GB.
+Leaves nothing behind and writes nothing into the repository.
 It proves the Dockerfiles' steps, the lock on that Python, and every setting the services run with.
 It proves nothing about CUDA, about the bases of a registry, or about published ports.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 from rich.console import Console
 from rich.table import Table
@@ -32,11 +34,11 @@ from scripts.compose_file import ComposeError, Service, read_env_file, services
 from scripts.images_engine import ROOT, Bases, Container, EngineError, Network
 from src.audio.pcm import level_dbfs
 from src.common.livekit_server import LiveKitUnavailable, find_binary
+from src.demo.play import QUESTION
 from src.demo.recording import MIC_RATE
 from src.demo.user_voice import speak_lines
 from src.demo.wer import word_errors
 
-QUESTION = "What is the capital of France?"
 VOICE = "piper-en-joe"
 READY_S = 180.0
 MAX_WER = 0.35
@@ -102,11 +104,13 @@ def in_order(wanted: Mapping[str, Service]) -> list[Service]:
 
 
 class Check:
-    def __init__(self, progress: Progress, folder: Path, *, livekit: Path | None) -> None:
+    def __init__(
+        self, progress: Progress, folder: Path, *, livekit: Path | None, reuse: bool
+    ) -> None:
         self._say = progress.say
         self._folder = folder
         self._env = environment()
-        self.bases = Bases(progress.say, livekit)
+        self.bases = Bases(progress.say, livekit, reuse)
         self.findings = Findings()
         self.all = services(ROOT / "docker-compose.yml", self._env)
         default = {name: one for name, one in self.all.items() if not one.profiles}
@@ -121,11 +125,12 @@ class Check:
         if not service.dockerfile:
             return self.bases.standing_in_for(service.image)
         base = self.bases.standing_in_for(service.build_args["BASE"])
-        self._say(f"{service.name}: {service.dockerfile} on {base}")
         image = f"{engine.PREFIX}/{service.name}"
-        self.findings.build_s[service.name] = timed(
-            lambda: engine.build(service, base, more, mounts)
-        )
+        if not (self.bases.reuse and engine.exists(image)):
+            self._say(f"{service.name}: {service.dockerfile} on {base}")
+            self.findings.build_s[service.name] = timed(
+                lambda: engine.build(service, base, more, mounts)
+            )
         self.findings.sizes_mb[service.name] = engine.size_mb(image), engine.size_mb(base)
         return image
 
@@ -142,13 +147,15 @@ class Check:
             self._start(running[service.name], images[service.name])
         for name in ("orchestrator", "tts0"):
             self._is_confined(running[name])
+        if "livekit-server" in images:
+            self._opens_a_room(network)
         self._talk(network)
         for service in reversed(self.services):
             self._stop(running[service.name])
 
     def _refuses_without_key(self, image: str) -> None:
         try:
-            engine.podman("run", "--rm", "--network", "none", "--env", "DUPLEX_API_KEY=", image)
+            engine.run_once(image, ["--env", "DUPLEX_API_KEY="])
         except EngineError as error:
             if "without an API key" in str(error):
                 self._say("orchestrator without a key: refused")
@@ -194,6 +201,24 @@ class Check:
 
     # --- talking ---
 
+    def _opens_a_room(self, network: Network) -> None:
+        """The orchestrator joins before it hands out the token."""
+        ask = (
+            "import json, os, urllib.request as u; "
+            "r = u.Request('http://127.0.0.1:8080/v1/livekit/token', method='POST', "
+            "headers={'X-API-Key': os.environ['DUPLEX_API_KEY']}); "
+            "print(json.load(u.urlopen(r, timeout=20))['server_url'])"
+        )
+        env = {**os.environ, **self._key()}
+        told = engine.call([*network.inside, sys.executable, "-c", ask], env=env).strip()
+        if told != self._env["LIVEKIT_PUBLIC_URL"]:
+            raise Failed(f"clients are told to dial {told}")
+        self._say(f"a LiveKit room is open at {told}")
+
+    def _key(self) -> dict[str, str]:
+        """Not an argument: everybody on the machine can read those."""
+        return {"DUPLEX_API_KEY": self._env["DUPLEX_API_KEY"]}
+
     def _talk(self, network: Network) -> None:
         question, reply = self._folder / "question.wav", self._folder / "reply.wav"
         me = [*network.inside, sys.executable, "-m", "scripts.images_check"]
@@ -203,8 +228,7 @@ class Check:
         client += ["--no_devices", "--host", "ws://127.0.0.1:8080", "--in", str(question)]
         answer = subprocess.run(  # noqa: S603 - our own client
             [*client, "--out", str(reply)],
-            # Not an argument: everybody on the machine can read those.
-            env={**os.environ, "DUPLEX_API_KEY": self._env["DUPLEX_API_KEY"]},
+            env={**os.environ, **self._key()},
             capture_output=True, text=True, check=False, cwd=ROOT,
         )  # fmt: skip
         if answer.returncode:
@@ -230,11 +254,11 @@ class Check:
             "print(sys.version.split()[0], torch.__version__)"
         )
         home = "PYTHONPATH=/opt/cosyvoice:/opt/cosyvoice/third_party/Matcha-TTS"
-        flags = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/cache", "--env", home]
-        found = engine.podman("run", *flags, image, "python", "-c", what).strip()
+        flags = ["--read-only", "--tmpfs", "/cache", "--env", home]
+        found = engine.run_once(image, flags, "python", "-c", what).strip()
         self._say(f"{COSYVOICE}: {found}, CosyVoice's own modules import")
         try:
-            engine.podman("run", *flags, image)
+            engine.run_once(image, flags)
         except EngineError as error:
             if "no voice pack in" not in str(error):
                 raise
@@ -281,7 +305,8 @@ def show(console: Console, findings: Findings) -> None:
 def speak_question(path: Path) -> None:
     """Inside the containers' network: the question, in the worker's own voice."""
     [clip] = asyncio.run(speak_lines("127.0.0.1:7001", [QUESTION], VOICE))
-    soundfile.write(path, clip, MIC_RATE)
+    # A moment of silence: nobody begins to speak in the first instant of a call.
+    soundfile.write(path, np.concatenate([np.zeros(MIC_RATE, np.int16), clip]), MIC_RATE)
 
 
 def livekit_binary() -> Path | None:
@@ -304,6 +329,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only_cosyvoice", action="store_true", help="and nothing else")
     parser.add_argument("--keep", action="store_true", help="leave images for a look at them")
+    parser.add_argument("--reuse", action="store_true", help="build nothing that --keep has left")
     parser.add_argument("--speak_into", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -314,7 +340,7 @@ def check(console: Console, args: argparse.Namespace) -> None:
     if livekit is None:
         progress.say("no livekit-server on this machine: left out (`just livekit-server`)")
     with tempfile.TemporaryDirectory(prefix="duplex-check-") as folder:
-        run = Check(progress, Path(folder), livekit=livekit)
+        run = Check(progress, Path(folder), livekit=livekit, reuse=args.reuse)
         engine.tidy(run.bases, keep_images=True)
         try:
             if not args.only_cosyvoice:

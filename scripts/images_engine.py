@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ HOW_TO_GET = (
     "fuse-overlayfs catatonit"
 )
 PREFIX = "localhost/duplex-check"
+NAMES = "duplex-check-"
+HOLDER = f"{NAMES}network"
 MIRRORS = {
     "bookworm": "http://deb.debian.org/debian",
     "jammy": "http://archive.ubuntu.com/ubuntu",
@@ -44,13 +46,15 @@ def missing_tools() -> list[str]:
     return [tool for tool in TOOLS if shutil.which(tool) is None]
 
 
-def call(argv: Sequence[str], *, stdin: str | None = None) -> str:
+def call(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> str:
     """stdout. Raises EngineError with the end of what was printed."""
     done = subprocess.run(  # noqa: S603 - argument lists, and the programs are ours to name
-        argv, input=stdin, capture_output=True, text=True, errors="replace", check=False
+        argv, env=env, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_TAIL_LINES:])
+        # podman looks for systemd to run health checks by, which we do ourselves.
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        tail = "\n".join([line for line in lines if "get systemd" not in line][-_TAIL_LINES:])
         raise EngineError(f"{' '.join(argv[:4])} … ended with {done.returncode}:\n{tail}")
     return done.stdout
 
@@ -59,13 +63,26 @@ def podman(*args: str) -> str:
     return call(["podman", "--runtime", "runc", *args])
 
 
+def exists(image: str) -> bool:
+    argv = ["podman", "image", "exists", image]
+    return subprocess.run(argv, check=False).returncode == 0  # noqa: S603 - as in `call`
+
+
+def run_once(image: str, flags: Sequence[str], *command: str) -> str:
+    """stdout of a container that ends by itself. Raises EngineError when it ends badly."""
+    fixed = ["--rm", "--network", "none", "--health-interval", "disable", *_ULIMITS]
+    return podman("run", *fixed, *flags, image, *command)
+
+
 @dataclass
 class Bases:
     """Stand-ins for the images that ours are built on, made when they are asked for."""
 
     say: Callable[[str], None]
     livekit_binary: Path | None = None
-    made: dict[str, str] = field(default_factory=dict)
+    reuse: bool = False
+    """What an earlier run left is good enough."""
+    made: set[str] = field(default_factory=set)
 
     def standing_in_for(self, image: str) -> str:
         """The local image to use for `image`. Raises EngineError if there is none for it."""
@@ -98,18 +115,19 @@ class Bases:
 
     def _derive(self, name: str, lines: list[str], file: Path | None = None) -> str:
         tag = f"{PREFIX}/base-{name}"
-        if tag not in self.made:
+        if not self._there(tag):
+            self.say(f"stand-in for {name}'s image")
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, "Dockerfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
                 if file is not None:
                     shutil.copy(file, Path(folder, "livekit-server"))
                 _bud(tag, Path(folder), [])
-            self.made[tag] = name
+            self.made.add(tag)
         return tag
 
     def _system(self, release: str) -> str:
         tag = f"{PREFIX}/{release}"
-        if tag in self.made:
+        if self._there(tag):
             return tag
         self.say(f"{release} by debootstrap, in place of a registry's image")
         with tempfile.TemporaryDirectory(prefix="duplex-rootfs-") as folder:
@@ -121,8 +139,11 @@ class Bases:
             archive = Path(folder, "root.tar")
             call(["tar", "-C", str(root), "-cf", str(archive), "."])
             podman("import", *options, str(archive), tag)
-        self.made[tag] = release
+        self.made.add(tag)
         return tag
+
+    def _there(self, tag: str) -> bool:
+        return tag in self.made or (self.reuse and exists(tag))
 
 
 def _debootstrap(release: str) -> list[str]:
@@ -177,7 +198,7 @@ class Network:
     image: str
     names: Sequence[str]
     hosts: Path
-    holder: str = "duplex-check-network"
+    holder: str = HOLDER
 
     def open(self) -> None:
         lines = [f"127.0.0.1 {name}" for name in ("localhost", *self.names)]
@@ -201,7 +222,7 @@ class Container:
 
     @property
     def name(self) -> str:
-        return f"duplex-check-{self.service.name}"
+        return NAMES + self.service.name
 
     def start(self, image: str) -> None:
         podman("run", *run_flags(self, image), image, *self.service.command)
@@ -259,24 +280,26 @@ def run_flags(container: Container, image: str) -> list[str]:
 
 def _volume(text: str) -> str:
     source, target, *mode = text.split(":")
-    if source.startswith((".", "/")):
-        source = os.path.abspath(ROOT / source)
-    else:
-        source = f"duplex-check-{source}"
-    return ":".join([source, target, *mode])
+    place = os.path.abspath(ROOT / source) if source.startswith((".", "/")) else NAMES + source
+    return ":".join([place, target, *mode])
 
 
 def tidy(bases: Bases, *, keep_images: bool) -> None:
     """Everything that carries our name, and nothing else."""
-    _remove(["ps", "-a", "--format", "{{.Names}}"], "duplex-check-", ["rm", "-f", "-t", "1"])
-    _remove(["volume", "ls", "--format", "{{.Name}}"], "duplex-check-", ["volume", "rm", "-f"])
+    everything = ["ps", "-a", "--format", "{{.Names}}"]
+    removal = ["rm", "-f", "-t", "1"]
+    # The network's holder last: the others live in it.
+    _remove(everything, lambda name: name.startswith(NAMES) and name != HOLDER, removal)
+    _remove(everything, lambda name: name == HOLDER, removal)
+    volumes = ["volume", "ls", "--format", "{{.Name}}"]
+    _remove(volumes, lambda name: name.startswith(NAMES), ["volume", "rm", "-f"])
     if not keep_images:
         wanted = ["images", "--format", "{{.Repository}}"]
-        _remove(wanted, PREFIX, ["rmi", "-f"])
+        _remove(wanted, lambda name: name.startswith(PREFIX), ["rmi", "-f"])
         bases.made.clear()
 
 
-def _remove(listing: Sequence[str], prefix: str, removal: Sequence[str]) -> None:
-    found = [name for name in podman(*listing).split() if name.startswith(prefix)]
+def _remove(listing: Sequence[str], ours: Callable[[str], bool], removal: Sequence[str]) -> None:
+    found = [name for name in podman(*listing).split() if ours(name)]
     if found:
         podman(*removal, *found)

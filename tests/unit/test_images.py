@@ -25,9 +25,10 @@ from scripts.compose_file import (
     services,
     variables,
 )
-from scripts.images_check import QUESTION, Failed, environment, in_order, judge, main
+from scripts.images_check import Failed, environment, in_order, judge, main
 from scripts.images_engine import Container, Network, run_flags
 from src.common.livekit_server import VERSION
+from src.demo.play import QUESTION
 from src.orchestrator import config as orchestrator
 from src.orchestrator.metrics import Metrics
 from src.tts import config as worker
@@ -512,7 +513,7 @@ def wav(path: Path, level: int) -> Path:
 
 def test_a_turn_is_judged_by_what_was_understood_and_heard(tmp_path: Path) -> None:
     loud, silent = wav(tmp_path / "loud.wav", 3_000), wav(tmp_path / "silent.wav", 0)
-    turn = judge(events("what is the capital of france", "You said that."), loud)
+    turn = judge(events("how many days are there in a week", "You said that."), loud)
     assert turn["first_audio_ms"] == 321
     whole = events(QUESTION, "You said that.")
     for wrong, reply in (
