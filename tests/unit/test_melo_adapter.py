@@ -303,7 +303,10 @@ def test_what_is_missing_is_told_with_the_commands(
         MeloAdapter().load(ModelMeta(model_id="m", family="melo"), {}, "cpu", lambda _: None)
 
 
-def test_inside_the_sources_are_importable_and_afterwards_no_path_is_left(tmp_path: Path) -> None:
+def test_inside_the_sources_are_importable_and_afterwards_no_path_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     paths, writes = list(sys.path), sys.dont_write_bytecode
     seen = []
 
