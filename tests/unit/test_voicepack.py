@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from scripts import voicepack
 from src.tts.catalog import ROOT, load_catalog
-from src.tts.download import Hub
+from src.tts.download import Fetched, Hub, HubFile, download
 from src.tts.packs import find_packs
 from tests.fake_hub import COMMIT, FakeHub, running
 
@@ -196,7 +197,15 @@ def test_without_a_network_it_says_once_for_all_what_goes_where(
         base = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", base)
         monkeypatch.setenv("HF_HUB_OFFLINE", "")
+        tried: list[Path] = []
+
+        def counted(place: HubFile, target: Path, hub: Hub, **options: Any) -> Fetched:
+            tried.append(target)
+            return download(place, target, hub, **options)
+
+        monkeypatch.setattr(voicepack, "download", counted)
         assert fetch(root) == 1
+    assert len(tried) == 1, "who waited for one file need not wait for the others"
     said = capsys.readouterr().err
     for name, address in {
         "config.json": "owner/tone/resolve/main/config.json",
