@@ -7,15 +7,20 @@ gets the network that the adapter loaded, and `bare` says so.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from src.audio.pcm import Float32
+
+PARLER_STEPS = 360
+"""Four seconds."""
 
 Say = Callable[[str], Iterator[Float32]]
 """Chunks of mono sound at the model's native rate, of one text."""
@@ -89,7 +94,11 @@ class Parler:
     def make(self, folder: Path) -> None:
         from tests.families.parler.tiny import make_tiny_pack
 
-        make_tiny_pack(folder, end_gain=3.0)
+        make_tiny_pack(folder)
+        # Both obey this; random weights end a text too early or never.
+        generation = folder / "generation_config.json"
+        said = json.loads(generation.read_text())
+        generation.write_text(json.dumps({**said, "max_length": PARLER_STEPS}))
 
     def bare(self, folder: Path, model: Any) -> Say:
         from parler_tts import ParlerTTSForConditionalGeneration, ParlerTTSStreamer
@@ -127,7 +136,10 @@ class Parler:
 
 class Spark:
     family = "spark_tts"
-    call = "`SparkTTS.inference`, which gives all sound at its end"
+    call = (
+        "`SparkTTS.inference` with a recording, read once, cut where the adapter cuts; it gives "
+        "all sound at its end"
+    )
 
     def import_package(self) -> None:
         import transformers.models.qwen2.modeling_qwen2
@@ -142,18 +154,31 @@ class Spark:
         return nullcontext()
 
     def make(self, folder: Path) -> None:
+        from tests.families.spark.talk import record
         from tests.families.spark.tiny import make_tiny_pack
 
-        make_tiny_pack(folder, end_gain=1.5)
+        make_tiny_pack(folder)
+        record(folder / "ref" / "seed.wav")
 
     def bare(self, folder: Path, model: Any) -> Say:
         import torch
 
+        from src.tts.adapters.spark_prompts import most_tokens
+
         package = _from_checkout("SPARK_HOME", "cli/SparkTTS.py").SparkTTS
         loaded = package(folder, device=torch.device("cpu"))
+        # The adapter reads it while it loads; the package would do it again for every text.
+        loaded.audio_tokenizer.tokenize = lru_cache(loaded.audio_tokenizer.tokenize)
+        # The adapter draws speech only; random weights would write a voice's codes in between.
+        words = loaded.tokenizer.get_vocab().items()
+        others = [number for word, number in words if "bicodec_global" in word]
+        loaded.model.lm_head.weight.data[others] = 0
+        whole = loaded.model.generate
 
         def say(text: str) -> Iterator[Float32]:
-            sound = loaded.inference(text, gender="female", pitch="moderate", speed="moderate")
+            most = most_tokens(text)
+            loaded.model.generate = lambda **asked: whole(**{**asked, "max_new_tokens": most})
+            sound = loaded.inference(text, prompt_speech_path=folder / "ref" / "seed.wav")
             yield np.asarray(sound, dtype=np.float32).reshape(-1)
 
         return say
@@ -243,8 +268,6 @@ class CosyVoice:
 
     def bare(self, folder: Path, model: Any) -> Say:
         """Its loader runs the pack's yaml; and with it some versions of transformers babble."""
-        from functools import partial
-
         from cosyvoice.utils.common import ras_sampling
 
         engine = model._engine
