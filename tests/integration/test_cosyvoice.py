@@ -72,7 +72,10 @@ def speak(worker: RunningWorker, name: str, text: str = TEXT, utterance: str = "
 
 
 async def rest_of(call: Any) -> list[pb.AudioFrame]:
-    return [frame async for frame in call]
+    frames = []
+    while (frame := await call.read()) is not grpc.aio.EOF:
+        frames.append(frame)
+    return frames
 
 
 async def test_a_worker_speaks_pauses_stops_and_speaks_again(worker: RunningWorker) -> None:
