@@ -105,15 +105,18 @@ def in_order(wanted: Mapping[str, Service]) -> list[Service]:
 
 class Check:
     def __init__(
-        self, progress: Progress, folder: Path, *, livekit: Path | None, reuse: bool
+        self, progress: Progress, folder: Path, *, livekit: Path | None, reuse: bool, llm: bool
     ) -> None:
         self._say = progress.say
         self._folder = folder
         self._env = environment()
+        if llm:
+            self._env["LLM_BASE_URL"] = "http://llm:8091/v1"
         self.bases = Bases(progress.say, livekit, reuse)
         self.findings = Findings()
         self.all = services(ROOT / "docker-compose.yml", self._env)
-        default = {name: one for name, one in self.all.items() if not one.profiles}
+        chosen = {"llm"} if llm else set[str]()
+        default = {n: one for n, one in self.all.items() if set(one.profiles) <= chosen}
         if livekit is None:
             del default["livekit-server"]
         self.services = in_order(default)
@@ -327,6 +330,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="build CosyVoice's image too (8 GB more); COSYVOICE_URL and MATCHA_URL may name "
         "repositories on this machine (file:///…)",
     )
+    parser.add_argument(
+        "--llm", action="store_true", help="the profile llm too: it answers instead of the echo"
+    )
     parser.add_argument("--only_cosyvoice", action="store_true", help="and nothing else")
     parser.add_argument("--keep", action="store_true", help="leave images for a look at them")
     parser.add_argument("--reuse", action="store_true", help="build nothing that --keep has left")
@@ -340,7 +346,7 @@ def check(console: Console, args: argparse.Namespace) -> None:
     if livekit is None:
         progress.say("no livekit-server on this machine: left out (`just livekit-server`)")
     with tempfile.TemporaryDirectory(prefix="duplex-check-") as folder:
-        run = Check(progress, Path(folder), livekit=livekit, reuse=args.reuse)
+        run = Check(progress, Path(folder), livekit=livekit, reuse=args.reuse, llm=args.llm)
         engine.tidy(run.bases, keep_images=True)
         try:
             if not args.only_cosyvoice:
