@@ -24,6 +24,8 @@ HOW_TO_GET = (
     "fuse-overlayfs catatonit"
 )
 PREFIX = "localhost/duplex-check"
+# Builds in the making, and their caches of wheels: gigabytes, and not for a /tmp in memory.
+SCRATCH = Path("/var/tmp/duplex-check")  # noqa: S108 - root only, and removed at the end
 NAMES = "duplex-check-"
 HOLDER = f"{NAMES}network"
 MIRRORS = {
@@ -130,7 +132,8 @@ class Bases:
         if self._there(tag):
             return tag
         self.say(f"{release} by debootstrap, in place of a registry's image")
-        with tempfile.TemporaryDirectory(prefix="duplex-rootfs-") as folder:
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             root = Path(folder, "root")
             call([*_debootstrap(release), str(root), MIRRORS[release]])
             _trust_as_here(root)
@@ -170,7 +173,9 @@ def _trust_as_here(root: Path) -> None:
 def _bud(tag: str, context: Path, options: Sequence[str]) -> None:
     # Docker's format: OCI's has no HEALTHCHECK.
     fixed = ["--isolation", "chroot", "--network", "host", "--format", "docker"]
-    call(["nice", "-n", "15", "buildah", "bud", *fixed, *options, "-t", tag, str(context)])
+    argv = ["nice", "-n", "15", "buildah", "bud", *fixed, *options, "-t", tag, str(context)]
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    call(argv, env={**os.environ, "TMPDIR": str(SCRATCH)})
 
 
 def build(service: Service, base: str, more_args: dict[str, str], mounts: Sequence[Path]) -> str:
@@ -297,6 +302,7 @@ def tidy(bases: Bases, *, keep_images: bool) -> None:
         wanted = ["images", "--format", "{{.Repository}}"]
         _remove(wanted, lambda name: name.startswith(PREFIX), ["rmi", "-f"])
         bases.made.clear()
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def _remove(listing: Sequence[str], ours: Callable[[str], bool], removal: Sequence[str]) -> None:
