@@ -254,6 +254,8 @@ class Check:
         image = self.build(service, urls, mounts)
         what = (
             "import sys, torch; from cosyvoice.flow import flow; "
+            "from src.tts.adapters.adapter_cosyvoice2 import CosyVoice2Adapter as Adapter; "
+            "Adapter().check_installed(); "
             "print(sys.version.split()[0], torch.__version__)"
         )
         home = "PYTHONPATH=/opt/cosyvoice:/opt/cosyvoice/third_party/Matcha-TTS"
