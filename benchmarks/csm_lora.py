@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.csm_sides import real_weights
-from src.tts.csm.device_model import DeviceModel
-from src.tts.csm.lora import AdapterWeights, LoraBank, LowRank, StackedLinear
-from src.tts.csm.ports import Row, Sampling, Voice
-from src.tts.csm.tiny import make_tiny_pack
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.device_model import DeviceModel
+from src.tts.families.csm.lora import AdapterWeights, LoraBank, LowRank, StackedLinear
+from src.tts.families.csm.ports import Row, Sampling, Voice
+from src.tts.families.csm.tiny import make_tiny_pack
+from src.tts.families.csm.weights import CsmWeights, load_weights
 
 TEXT = "The museum opens at nine in the morning."
 SAMPLING = Sampling()

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from src.tts.csm.device_model import DeviceModel
-from src.tts.csm.engine import Engine
-from src.tts.csm.ports import Row, Sampling, Voice
-from src.tts.csm.tiny import make_tiny_pack
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.device_model import DeviceModel
+from src.tts.families.csm.engine import Engine
+from src.tts.families.csm.ports import Row, Sampling, Voice
+from src.tts.families.csm.tiny import make_tiny_pack
+from src.tts.families.csm.weights import CsmWeights, load_weights
 from src.tts.tts_base import CancelToken
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ class Spark:
         import transformers.models.qwen2.modeling_qwen2
         import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
-        from src.tts.adapters.spark_pack import use_sources
+        from src.tts.families.spark.pack import use_sources
 
         use_sources()
         import sparktts.models.audio_tokenizer  # noqa: F401
@@ -163,7 +163,7 @@ class Spark:
     def bare(self, folder: Path, model: Any) -> Say:
         import torch
 
-        from src.tts.adapters.spark_prompts import most_tokens
+        from src.tts.families.spark.prompts import most_tokens
 
         package = _from_checkout("SPARK_HOME", "cli/SparkTTS.py").SparkTTS
         loaded = package(folder, device=torch.device("cpu"))
@@ -191,7 +191,7 @@ class Melo:
     def import_package(self) -> None:
         import transformers.models.bert.modeling_bert  # noqa: F401
 
-        from src.tts.adapters.melo_network import find_sources, importable
+        from src.tts.families.melo.network import find_sources, importable
 
         sources = find_sources()
         assert sources is not None, "MELO_HOME names no checkout"
@@ -252,8 +252,8 @@ class CosyVoice:
     call = "`CosyVoice2Model.tts(stream=True)`, on the network that the adapter loaded"
 
     def import_package(self) -> None:
-        from src.tts.adapters.cosyvoice2_package import import_package
-        from src.tts.adapters.torch_host import well_behaved
+        from src.tts.families.cosyvoice2.package import import_package
+        from src.tts.families.torch_host import well_behaved
 
         with well_behaved():
             import_package()

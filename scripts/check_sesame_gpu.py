@@ -60,13 +60,13 @@ class Bench:
     pack: Path
 
     def weights(self, dtype: str = "float32") -> Any:
-        from src.tts.csm.weights import load_weights
+        from src.tts.families.csm.weights import load_weights
 
         return load_weights(self.pack, device=self.device, dtype=dtype)
 
     def model(self, weights: Any, **options: Any) -> Any:
         """As the worker makes it on a GPU: few sizes, as CUDA graphs where there is CUDA."""
-        from src.tts.csm.device_model import DeviceModel, sizes_for
+        from src.tts.families.csm.device_model import DeviceModel, sizes_for
 
         options.setdefault("sizes", sizes_for(SLOTS, POSITIONS, few=True))
         return DeviceModel(weights, slots=SLOTS, positions=POSITIONS, **options)
@@ -74,8 +74,8 @@ class Bench:
     def by_hand(self, weights: Any, *, few: bool = False, **options: Any) -> Any:
         """The same without graphs: at exactly the sizes that come, or at the `few` that graphs are
         recorded at, where rounding is theirs too."""
-        from src.tts.csm.device_model import sizes_for
-        from src.tts.csm.graphs import CallRecorder
+        from src.tts.families.csm.device_model import sizes_for
+        from src.tts.families.csm.graphs import CallRecorder
 
         sizes = sizes_for(SLOTS, POSITIONS, few=few)
         return self.model(weights, recorder=CallRecorder(), sizes=sizes, **options)
@@ -85,7 +85,7 @@ class Talk:
     """Slots that speak in ticks of their own choosing, and what they said."""
 
     def __init__(self, model: Any, temperature: float = 0.9) -> None:
-        from src.tts.csm.ports import Sampling
+        from src.tts.families.csm.ports import Sampling
 
         self.model = model
         self.sampling = Sampling(temperature, 50)
@@ -95,7 +95,7 @@ class Talk:
         self.healthy = True
 
     def join(self, slot: int, adapter: int = 0) -> None:
-        from src.tts.csm.ports import Voice
+        from src.tts.families.csm.ports import Voice
 
         self.model.assign(slot, Voice(adapter=adapter))
         text = self.model.embed_text(TEXTS[slot % len(TEXTS)], 0)
@@ -112,7 +112,7 @@ class Talk:
             self.pcm[slot].append(result.pcm[i])
 
     def row(self, slot: int) -> Any:
-        from src.tts.csm.ports import Row
+        from src.tts.families.csm.ports import Row
 
         start, adapter = self.at[slot]
         frame = len(self.codes[slot])
@@ -237,7 +237,7 @@ def lora_voices_share_a_tick(bench: Bench) -> str:
     """Voices come after the graphs were recorded; the base says what it says without them."""
     import torch
 
-    from src.tts.csm.lora import AdapterWeights, LowRank
+    from src.tts.families.csm.lora import AdapterWeights, LowRank
 
     def voice(model: Any, seed: int) -> AdapterWeights:
         made = torch.Generator().manual_seed(seed)
@@ -296,7 +296,7 @@ def out_of_memory_while_recording_leaves_smaller_ticks(bench: Bench) -> str:
     """A real refusal by the allocator, in the warm-up of the large sizes and within a capture."""
     import torch
 
-    from src.tts.csm import device_model, graphs
+    from src.tts.families.csm import device_model, graphs
 
     cuda = bench.device.startswith("cuda")
     kind: Any = graphs.CudaGraphRecorder if cuda else graphs.CallRecorder
@@ -404,7 +404,7 @@ CHECKS: tuple[Callable[[Bench], str], ...] = (
 
 def check(device: str, names: Sequence[str]) -> int:
     """How many failed."""
-    from src.tts.csm.tiny import make_tiny_pack
+    from src.tts.families.csm.tiny import make_tiny_pack
 
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from src.audio.pcm import Float32, Int16, to_float32, to_int16
 from src.audio.resample import StreamResampler
 from src.demo.recording import MIC_RATE
 from src.demo.user_voice import cough, trim
-from src.tts.espeak_engine import EspeakEngine
+from src.tts.families.espeak.engine import EspeakEngine
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "client" / "web" / "sounds"
 VOICE = "gmw/en-US"

@@ -111,7 +111,7 @@ def plain_content(path: Path, left_out: Counter[str]) -> Any:
     """Raises CannotConvert where no tensor is left."""
     content = read_inert(path)
     if path.resolve().parent.parent.name == "xtts":
-        from src.tts.adapters.xtts_pack import plain_checkpoint
+        from src.tts.families.xtts.pack import plain_checkpoint
 
         if isinstance(content, Mapping) and "model" in content:
             return plain_checkpoint(content)

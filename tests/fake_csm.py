@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.tts.csm.ports import Codes, Embeddings, Row, TickResult, Voice
+from src.tts.families.csm.ports import Codes, Embeddings, Row, TickResult, Voice
 
 CODEBOOKS = 4
 FRAME_SAMPLES = 1920

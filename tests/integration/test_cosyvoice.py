@@ -11,7 +11,7 @@ import pytest
 
 from src.rpc.errors import Internal, from_rpc_error
 from src.rpc.generated import tts_pb2 as pb
-from src.tts.adapters.cosyvoice2_package import check_sources
+from src.tts.families.cosyvoice2.package import check_sources
 from src.tts.tts_base import MissingPackage
 from tests.integration import conftest
 from tests.integration.conftest import RunningWorker, StartWorker

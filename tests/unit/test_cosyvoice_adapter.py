@@ -14,8 +14,9 @@ import pytest
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable, UnknownName
 from src.tts.adapters import adapter_for
-from src.tts.adapters.cosyvoice2_pack import Sizes, read_sizes
-from src.tts.adapters.cosyvoice2_plan import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.cosyvoice2.pack import Sizes, read_sizes
+from src.tts.families.cosyvoice2.plan import (
     EMOTIONS,
     ChunkSchedule,
     Patience,
@@ -23,8 +24,7 @@ from src.tts.adapters.cosyvoice2_plan import (
     longest,
     stretched,
 )
-from src.tts.adapters.cosyvoice2_speech import CosyVoice2Model, Manner, Vocoder
-from src.tts.catalog import ModelMeta
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner, Vocoder
 from src.tts.paced_words import PacedWords, WordPace
 from src.tts.tts_base import CancelToken, MissingPackage, PcmChunk, Segment, VoiceSpec
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.tts.csm.context import (
+from src.tts.families.csm.context import (
     KEPT_SEGMENTS,
     MIN_ROOM,
     Context,
@@ -18,7 +18,7 @@ from src.tts.csm.context import (
     halves,
     pieces_of,
 )
-from src.tts.csm.ports import Codes
+from src.tts.families.csm.ports import Codes
 from src.tts.segmenter import speakable
 from tests.fake_csm import CODEBOOKS, FakeEmbeddings
 

@@ -21,11 +21,11 @@ from src.rpc.errors import (
     InvalidArgument,
     Unavailable,
 )
-from src.tts.csm.context import MIN_ROOM
-from src.tts.csm.engine import Engine
-from src.tts.csm.outlet import Outlet
-from src.tts.csm.ports import Row, Voice
-from src.tts.csm.ticker import Ticker
+from src.tts.families.csm.context import MIN_ROOM
+from src.tts.families.csm.engine import Engine
+from src.tts.families.csm.outlet import Outlet
+from src.tts.families.csm.ports import Row, Voice
+from src.tts.families.csm.ticker import Ticker
 from src.tts.tts_base import CancelToken
 from tests.fake_csm import FakeCsmModel, expected, prefix_of_size, said
 
@@ -437,7 +437,7 @@ def test_a_closed_engine_leaves_nobody_waiting() -> None:
 
 
 def test_nobody_waits_for_ever_for_a_tick_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.tts.csm.engine.CLOSE_PATIENCE_S", 0.05)
+    monkeypatch.setattr("src.tts.families.csm.engine.CLOSE_PATIENCE_S", 0.05)
     model = FakeCsmModel(slots=1)
     engine = Engine(model, name="fake")
     engine.start()

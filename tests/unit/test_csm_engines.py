@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from src.tts.csm.engines import Lease, OtherTerms, SharedEngines
+from src.tts.families.csm.engines import Lease, OtherTerms, SharedEngines
 
 WAIT_S = 10
 

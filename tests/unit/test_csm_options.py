@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from src.rpc.errors import InvalidArgument, UnknownName
-from src.tts.csm.options import read_options
-from src.tts.csm.ports import Sampling
+from src.tts.families.csm.options import read_options
+from src.tts.families.csm.ports import Sampling
 
 
 def test_without_settings_the_defaults_are_the_devices() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.tts.csm.scheduler import SMALL_READ, Drawing, Reading, choose_rows, low_water, share_reads
+from src.tts.families.csm.scheduler import (
+    SMALL_READ,
+    Drawing,
+    Reading,
+    choose_rows,
+    low_water,
+    share_reads,
+)
 
 _lefts = st.lists(st.integers(0, 400), max_size=12)
 _budgets = st.integers(1, 300)

@@ -12,12 +12,12 @@ import pytest
 import soundfile
 
 from src.rpc.errors import CorruptModel, Exhausted, Internal, InvalidArgument, UnknownName
-from src.tts.csm.engine import Engine
-from src.tts.csm.engines import Lease, SharedEngines
-from src.tts.csm.opening import pack_folder
-from src.tts.csm.ports import Sampling, Voice
-from src.tts.csm.speech import SesameModel
-from src.tts.csm.voices import load_voices
+from src.tts.families.csm.engine import Engine
+from src.tts.families.csm.engines import Lease, SharedEngines
+from src.tts.families.csm.opening import pack_folder
+from src.tts.families.csm.ports import Sampling, Voice
+from src.tts.families.csm.speech import SesameModel
+from src.tts.families.csm.voices import load_voices
 from src.tts.recordings import Reference, read_references
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 from tests.fake_csm import FRAME_SAMPLES, FakeCsmModel, FakePrefix, expected

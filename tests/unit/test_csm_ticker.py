@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from src.common.clock import ManualClock
 from src.rpc.errors import FailedPrecondition, Internal, Unavailable
-from src.tts.csm.context import Context, Pace
-from src.tts.csm.outlet import Outlet
-from src.tts.csm.ports import Embeddings, Row, Voice
-from src.tts.csm.scheduler import low_water
-from src.tts.csm.speaker import Speaker
-from src.tts.csm.ticker import Counters, Seats, Ticker
+from src.tts.families.csm.context import Context, Pace
+from src.tts.families.csm.outlet import Outlet
+from src.tts.families.csm.ports import Embeddings, Row, Voice
+from src.tts.families.csm.scheduler import low_water
+from src.tts.families.csm.speaker import Speaker
+from src.tts.families.csm.ticker import Counters, Seats, Ticker
 from tests.fake_csm import CODEBOOKS, FakeCsmModel, expected, prefix_of_size, said
 
 CREDIT = 3
@@ -349,7 +349,7 @@ def test_a_tick_that_fails_is_made_again_in_halves() -> None:
 
 
 def test_small_ticks_grow_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.tts.csm.ticker._TICKS_TO_RECOVER", 10)
+    monkeypatch.setattr("src.tts.families.csm.ticker._TICKS_TO_RECOVER", 10)
     model = FakeCsmModel()
     hand = Hand(model, budget=256)
     failing = iter([True])

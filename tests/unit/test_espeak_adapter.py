@@ -15,7 +15,7 @@ from src.rpc.errors import InvalidArgument, UnknownName
 from src.tts.adapters import adapter_for
 from src.tts.adapters.adapter_espeak import EspeakAdapter, EspeakModel, word_marks
 from src.tts.catalog import ModelMeta
-from src.tts.espeak_engine import EnginePool, EspeakEngine, WordEvent
+from src.tts.families.espeak.engine import EnginePool, EspeakEngine, WordEvent
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, MissingPackage, Segment, VoiceSpec
 

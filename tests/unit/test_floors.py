@@ -17,7 +17,7 @@ ROOMS = {
 MAY_IMPORT = {**GROUND, **ROOMS}
 
 # Runs on torch; nothing outside imports those of its modules that do before a model loads.
-MATHEMATICS = ROOT / "src" / "tts" / "csm"
+MATHEMATICS = ROOT / "src" / "tts" / "families" / "csm"
 # A worker must start where none of these is installed.
 HEAVY = {
     "TTS", "cosyvoice", "matcha", "melo", "parler_tts", "sparktts", "hyperpyyaml", "omegaconf",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from src.audio.pcm import Float32, to_int16
 from src.rpc.errors import Internal
-from src.tts.adapters.http_audio import SpeechDecoder
+from src.tts.families.http_speech.audio import SpeechDecoder
 from tests.speech_server import RATE, pcm, tone, wav
 
 HALF_MS = 60

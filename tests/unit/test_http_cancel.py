@@ -20,8 +20,8 @@ from src.audio.pcm import Float32
 from src.rpc.errors import (
     Unavailable,
 )
-from src.tts.adapters import http_server
-from src.tts.adapters.http_line import Cut, Lines
+from src.tts.families.http_speech import server as http_server
+from src.tts.families.http_speech.line import Cut, Lines
 from src.tts.tts_base import CancelToken, PcmChunk
 from tests.speech_server import (
     PATIENCE_S,

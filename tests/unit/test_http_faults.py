@@ -17,7 +17,7 @@ from src.rpc.errors import (
     InvalidArgument,
     Unavailable,
 )
-from src.tts.adapters.http_answers import retry_after_ms
+from src.tts.families.http_speech.answers import retry_after_ms
 from tests.speech_server import (
     PATIENCE_S,
     RATE,

@@ -21,8 +21,8 @@ from src.rpc.errors import (
     UnknownName,
 )
 from src.tts.adapters import adapter_for
-from src.tts.adapters.http_settings import read_http_settings
 from src.tts.catalog import ModelMeta
+from src.tts.families.http_speech.settings import read_http_settings
 from src.tts.loader import ModelLoader
 from src.tts.sources import SourceResolver
 from src.tts.tts_base import VoiceSpec

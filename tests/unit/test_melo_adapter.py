@@ -14,7 +14,9 @@ from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
 from src.tts.adapters import adapter_for
 from src.tts.adapters import adapter_melo as adapter
 from src.tts.adapters.adapter_melo import MeloAdapter
-from src.tts.adapters.melo_english import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.espeak.engine import EngineUnavailable, EspeakEngine
+from src.tts.families.melo.english import (
     MAX_TOKENS,
     Dictionary,
     English,
@@ -23,10 +25,8 @@ from src.tts.adapters.melo_english import (
     spread,
     symbol_and_tone,
 )
-from src.tts.adapters.melo_guess import EspeakGuess, arpabet
-from src.tts.adapters.melo_network import HOME, find_sources, importable
-from src.tts.catalog import ModelMeta
-from src.tts.espeak_engine import EngineUnavailable, EspeakEngine
+from src.tts.families.melo.guess import EspeakGuess, arpabet
+from src.tts.families.melo.network import HOME, find_sources, importable
 from src.tts.tts_base import MissingPackage
 
 SAID = {"HELLO": "HH AH0 - L OW1", "FIVE": "F AY1 V", "T": "T IY1", "DON": "D AA1 N"}
@@ -221,7 +221,7 @@ def test_every_sound_of_espeaks_american_is_known(guess: EspeakGuess) -> None:
 
 
 def adapter_pieces() -> list[str]:
-    from src.tts.adapters import melo_guess
+    from src.tts.families.melo import guess as melo_guess
 
     return [*melo_guess._VOWELS, *melo_guess._CONSONANTS]
 

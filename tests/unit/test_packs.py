@@ -15,8 +15,11 @@ import pytest
 import soundfile
 
 from src.rpc.errors import UnknownName
-from src.tts.adapters import FAMILIES, cosyvoice2_pack, xtts_loading, xtts_pack
+from src.tts.adapters import FAMILIES
 from src.tts.catalog import ROOT, load_catalog
+from src.tts.families.cosyvoice2 import pack as cosyvoice2_pack
+from src.tts.families.xtts import loading as xtts_loading
+from src.tts.families.xtts import pack as xtts_pack
 from src.tts.packs import Pack, State, Verdict, check_pack, find_packs, limits_of, pick
 from src.tts.recordings import Transcripts
 

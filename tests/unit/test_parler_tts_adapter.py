@@ -16,17 +16,17 @@ import pytest
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, UnknownName
 from src.tts.adapters import adapter_parler_tts as adapter
-from src.tts.adapters import parler_pack
 from src.tts.adapters.adapter_parler_tts import (
     ParlerTtsAdapter,
     ParlerTtsModel,
     longest_ms,
     pieces,
 )
-from src.tts.adapters.parler_engine import ParlerEngine, SpeechEnded
-from src.tts.adapters.parler_frames import Ids, Undelay, WindowDecoder
-from src.tts.adapters.settings import read_settings
 from src.tts.catalog import ModelMeta
+from src.tts.families.parler import pack as parler_pack
+from src.tts.families.parler.engine import ParlerEngine, SpeechEnded
+from src.tts.families.parler.frames import Ids, Undelay, WindowDecoder
+from src.tts.families.settings import read_settings
 from src.tts.tts_base import CancelToken, MissingPackage, PcmChunk, Segment, VoiceSpec
 
 pytestmark = pytest.mark.timeout(30)

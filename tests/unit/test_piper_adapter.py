@@ -17,10 +17,10 @@ from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable, UnknownName
 from src.tts.adapters import FAMILIES, adapter_for
 from src.tts.adapters.adapter_piper import PiperAdapter, PiperModel
-from src.tts.adapters.joins import Joiner, pause_after_ms
-from src.tts.adapters.piper_graph import NotProtobuf, with_durations
-from src.tts.adapters.piper_words import word_marks
 from src.tts.catalog import ModelMeta
+from src.tts.families.joins import Joiner, pause_after_ms
+from src.tts.families.piper.graph import NotProtobuf, with_durations
+from src.tts.families.piper.words import word_marks
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, MissingPackage, Segment, VoiceSpec
 from src.tts.words import estimate_words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from src.rpc.errors import InvalidArgument, UnknownName
-from src.tts.adapters.settings import (
+from src.tts.families.settings import (
     Choice,
     Range,
     Setting,

@@ -15,7 +15,8 @@ from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, UnknownName
 from src.tts.adapters import adapter_for
 from src.tts.adapters.adapter_spark_tts import SparkTtsAdapter
-from src.tts.adapters.spark_prompts import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.spark.prompts import (
     MAX_TOKENS,
     ClonedVoice,
     Style,
@@ -26,8 +27,7 @@ from src.tts.adapters.spark_prompts import (
     read_vocabulary,
     style_prompt,
 )
-from src.tts.adapters.spark_windows import WindowPlan, Windows
-from src.tts.catalog import ModelMeta
+from src.tts.families.spark.windows import WindowPlan, Windows
 from src.tts.segmenter import speakable
 from src.tts.tts_base import MissingPackage
 from tests.sentences import SENTENCES
@@ -165,7 +165,7 @@ def test_the_guard_grows_with_the_text() -> None:
 
 
 def vocabulary() -> dict[str, int]:
-    from src.tts.adapters.spark_prompts import _CONTROL
+    from src.tts.families.spark.prompts import _CONTROL
 
     names = [
         *_CONTROL, "<|pitch_value_3|>", "<|end_semantic_token|>", "<|start_acoustic_token|>",
@@ -233,7 +233,7 @@ def test_only_the_package_of_its_sources_can_be_imported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A checkout has a `src` and a `cli` beside it."""
-    from src.tts.adapters.spark_pack import use_sources
+    from src.tts.families.spark.pack import use_sources
 
     models = tmp_path / "sparktts" / "models"
     models.mkdir(parents=True)

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from src.tts.adapters.torch_host import give_back_memory
+from src.tts.families.torch_host import give_back_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_importing_it_imports_no_torch() -> None:
-    code = "import sys, src.tts.adapters.torch_host; sys.exit('torch' in sys.modules)"
+    code = "import sys, src.tts.families.torch_host; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, Unavailable, UnknownName
-from src.tts.adapters import adapter_for, xtts_text
-from src.tts.adapters.xtts_pack import needed_files, pick_voices
-from src.tts.adapters.xtts_stream import CODE_MS, Cancelled, Growing, Watch, most_codes
-from src.tts.adapters.xtts_text import (
+from src.tts.adapters import adapter_for
+from src.tts.catalog import ModelMeta
+from src.tts.families.xtts import text as xtts_text
+from src.tts.families.xtts.pack import needed_files, pick_voices
+from src.tts.families.xtts.stream import CODE_MS, Cancelled, Growing, Watch, most_codes
+from src.tts.families.xtts.text import (
     Piece,
     Reader,
     check_extras,
@@ -23,7 +25,6 @@ from src.tts.adapters.xtts_text import (
     speaks,
     spoken_ms,
 )
-from src.tts.catalog import ModelMeta
 from src.tts.tts_base import CancelToken, MissingPackage
 
 META = ModelMeta(model_id="xtts-v2-en", family="xtts")

@@ -1,14 +1,14 @@
-"""CosyVoice 2: a voice from a recording, instructed in words (src/tts/adapters/cosyvoice2_*.py)."""
+"""CosyVoice 2: a voice from a recording, instructed in words (src/tts/families/cosyvoice2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from src.tts.adapters.cosyvoice2_package import FAMILY, check_sources
-from src.tts.adapters.cosyvoice2_speech import SETTINGS, CosyVoice2Model
-from src.tts.adapters.settings import Range, read_settings
 from src.tts.catalog import ModelMeta
+from src.tts.families.cosyvoice2.package import FAMILY, check_sources
+from src.tts.families.cosyvoice2.speech import SETTINGS, CosyVoice2Model
+from src.tts.families.settings import Range, read_settings
 from src.tts.tts_base import AdapterCapabilities
 
 _ENGINE = {"max_streams": Range(1, 64, 4, "utterances at once; their steps take turns")}
@@ -38,7 +38,7 @@ class CosyVoice2Adapter:
         own = {name: raw for name, raw in meta.settings.items() if name in _ENGINE}
         spoken = {name: raw for name, raw in meta.settings.items() if name not in _ENGINE}
         streams = int(read_settings(_ENGINE, own)["max_streams"])
-        from src.tts.adapters.cosyvoice2_opening import open_engine
+        from src.tts.families.cosyvoice2.opening import open_engine
 
         engine = open_engine(meta, files, device, progress)
         try:

@@ -8,16 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.rpc.errors import InvalidArgument, UnknownName
-from src.tts.adapters.joins import Joiner
-from src.tts.adapters.settings import (
-    Range,
-    helps,
-    match_language,
-    read_settings,
-    require_modules,
-)
 from src.tts.catalog import ModelMeta
-from src.tts.espeak_engine import (
+from src.tts.families.espeak.engine import (
     PITCH,
     RATE_WPM,
     EnginePool,
@@ -25,6 +17,14 @@ from src.tts.espeak_engine import (
     EspeakEngine,
     Voice,
     WordEvent,
+)
+from src.tts.families.joins import Joiner
+from src.tts.families.settings import (
+    Range,
+    helps,
+    match_language,
+    read_settings,
+    require_modules,
 )
 from src.tts.segmenter import soften_stops
 from src.tts.tts_base import (

@@ -14,10 +14,10 @@ import numpy as np
 
 from src.audio.resample import StreamResampler
 from src.rpc.errors import Unavailable, UnknownName
-from src.tts.adapters.http_server import SpeechServer
-from src.tts.adapters.http_settings import SPEED, HttpSettings, read_http_settings
-from src.tts.adapters.settings import helps, match_language
 from src.tts.catalog import ModelMeta
+from src.tts.families.http_speech.server import SpeechServer
+from src.tts.families.http_speech.settings import SPEED, HttpSettings, read_http_settings
+from src.tts.families.settings import helps, match_language
 from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.tts_base import AdapterCapabilities, CancelToken, PcmChunk, Segment, VoiceSpec
 

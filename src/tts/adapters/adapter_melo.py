@@ -1,8 +1,8 @@
 """MeloTTS: a light voice with several English accents, a sentence at a time. 44.1 kHz.
 
 The package is a repository, not a distribution; MELO_HOME names a checkout. Of it the network and
-the English text rules are used (melo_network.py, melo_english.py), never `melo.api`, whose import
-asks the hub for seven languages' tokenizers.
+the English text rules are used (families/melo/network.py, families/melo/english.py), never
+`melo.api`, whose import asks the hub for seven languages' tokenizers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
-from src.tts.adapters.joins import Joiner
-from src.tts.adapters.melo_english import Dictionary, English, WordPiece, package_rules, spell
-from src.tts.adapters.melo_guess import EspeakGuess
-from src.tts.adapters.melo_network import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.espeak.engine import EngineUnavailable
+from src.tts.families.joins import Joiner
+from src.tts.families.melo.english import Dictionary, English, WordPiece, package_rules, spell
+from src.tts.families.melo.guess import EspeakGuess
+from src.tts.families.melo.network import (
     Network,
     Pack,
     Sound,
@@ -28,16 +30,14 @@ from src.tts.adapters.melo_network import (
     importable,
     open_network,
 )
-from src.tts.adapters.settings import (
+from src.tts.families.settings import (
     Range,
     helps,
     match_language,
     read_settings,
     require_modules,
 )
-from src.tts.adapters.torch_host import check_device, give_back_memory, well_behaved
-from src.tts.catalog import ModelMeta
-from src.tts.espeak_engine import EngineUnavailable
+from src.tts.families.torch_host import check_device, give_back_memory, well_behaved
 from src.tts.tts_base import (
     AdapterCapabilities,
     CancelToken,

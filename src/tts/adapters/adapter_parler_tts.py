@@ -14,10 +14,11 @@ import numpy as np
 
 from src.audio.pcm import Float32
 from src.rpc.errors import InvalidArgument, UnknownName
-from src.tts.adapters.parler_engine import ParlerEngine, SpeechEnded, open_engine
-from src.tts.adapters.parler_frames import Ids, Undelay, WindowDecoder
-from src.tts.adapters.parler_pack import DESCRIPTION, DESCRIPTIONS, pack_folder, read_voices
-from src.tts.adapters.settings import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.parler.engine import ParlerEngine, SpeechEnded, open_engine
+from src.tts.families.parler.frames import Ids, Undelay, WindowDecoder
+from src.tts.families.parler.pack import DESCRIPTION, DESCRIPTIONS, pack_folder, read_voices
+from src.tts.families.settings import (
     Choice,
     Range,
     Setting,
@@ -26,7 +27,6 @@ from src.tts.adapters.settings import (
     read_settings,
     require_modules,
 )
-from src.tts.catalog import ModelMeta
 from src.tts.generation import Put, Stopped, generated
 from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.segmenter import speakable

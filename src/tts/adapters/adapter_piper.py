@@ -19,17 +19,17 @@ import numpy as np
 
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, Unavailable, UnknownName
-from src.tts.adapters.joins import Joiner
-from src.tts.adapters.piper_graph import with_durations
-from src.tts.adapters.piper_words import word_marks
-from src.tts.adapters.settings import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.joins import Joiner
+from src.tts.families.piper.graph import with_durations
+from src.tts.families.piper.words import word_marks
+from src.tts.families.settings import (
     Range,
     helps,
     match_language,
     read_settings,
     require_modules,
 )
-from src.tts.catalog import ModelMeta
 from src.tts.segmenter import soften_stops
 from src.tts.tts_base import (
     AdapterCapabilities,

@@ -1,4 +1,4 @@
-"""Sesame CSM: conversational speech for many sessions at once, on one engine (src/tts/csm)."""
+"""Sesame CSM: conversation for many sessions at once, on one engine (src/tts/families/csm)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from src.rpc.errors import InvalidArgument
-from src.tts.adapters.settings import require_modules
 from src.tts.catalog import ModelMeta
-from src.tts.csm.opening import open_engine, pack_folder
-from src.tts.csm.options import SesameOptions, read_options
-from src.tts.csm.speech import SETTINGS, SesameModel
-from src.tts.csm.voices import load_voices
+from src.tts.families.csm.opening import open_engine, pack_folder
+from src.tts.families.csm.options import SesameOptions, read_options
+from src.tts.families.csm.speech import SETTINGS, SesameModel
+from src.tts.families.csm.voices import load_voices
+from src.tts.families.settings import require_modules
 from src.tts.recordings import read_references
 from src.tts.tts_base import RANDOM_WEIGHTS, AdapterCapabilities
 
@@ -41,8 +41,8 @@ class SesameAdapter:
         device: str,
         progress: Callable[[float], None],
     ) -> SesameModel:
-        """`meta.settings` are those of csm/options.py; the files are a folder as `from_pretrained`
-        reads it, and the recordings of src/tts/recordings.py.
+        """`meta.settings` are those of families/csm/options.py; the files are a folder as
+        `from_pretrained` reads it, and the recordings of src/tts/recordings.py.
 
         Raises besides: InvalidArgument for a device that does not exist, for settings out of range
         and for a recording that makes no voice prompt, Unavailable where memory is short.
@@ -74,7 +74,7 @@ def _weights(meta: ModelMeta, files: Mapping[str, Path], options: SesameOptions)
             f"{meta.model_id}: an entry with the setting 'tiny' must have the tag "
             f"{RANDOM_WEIGHTS!r}, so that nobody takes its noise for a voice"
         )
-    from src.tts.csm.tiny import make_tiny_pack
+    from src.tts.families.csm.tiny import make_tiny_pack
 
     _log.warning("RANDOM WEIGHTS: %s is a test of the engine and speaks noise", meta.model_id)
     with TemporaryDirectory(prefix="tiny-csm-") as folder:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.tts.adapters.settings import Choice, Range, read_settings
-from src.tts.adapters.spark_pack import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.settings import Choice, Range, read_settings
+from src.tts.families.spark.pack import (
     FAMILY,
     check_installed,
     load_bicodec,
@@ -19,11 +20,10 @@ from src.tts.adapters.spark_pack import (
     quiet,
     samples_per_code,
 )
-from src.tts.adapters.spark_speech import CONTROLLABLE, SESSION, SETTINGS, SparkTtsModel, Voicing
-from src.tts.adapters.spark_voices import encode_voices
-from src.tts.adapters.spark_windows import WindowPlan
-from src.tts.adapters.torch_host import check_device, well_behaved
-from src.tts.catalog import ModelMeta
+from src.tts.families.spark.speech import CONTROLLABLE, SESSION, SETTINGS, SparkTtsModel, Voicing
+from src.tts.families.spark.voices import encode_voices
+from src.tts.families.spark.windows import WindowPlan
+from src.tts.families.torch_host import check_device, well_behaved
 from src.tts.recordings import Reference, Transcripts, read_references
 from src.tts.tts_base import AdapterCapabilities
 

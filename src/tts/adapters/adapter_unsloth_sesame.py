@@ -1,7 +1,7 @@
 """LoRA voices of Sesame CSM, as Unsloth's notebook trains them: many on one base's engine.
 
-A voice is a model of the catalog that shares its base's weights, slots and ticks (csm/engines.py).
-It comes and goes between two ticks while others speak.
+A voice is a model of the catalog that shares its base's weights, slots and ticks
+(families/csm/engines.py). It comes and goes between two ticks while others speak.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, cast
 
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable
 from src.tts.adapters.adapter_sesame import INSTALL, MODULES
-from src.tts.adapters.settings import require_modules
 from src.tts.catalog import ROOT, ModelMeta
-from src.tts.csm.engine import Engine
-from src.tts.csm.opening import open_engine
-from src.tts.csm.options import read_options
-from src.tts.csm.speech import SETTINGS, SesameModel
-from src.tts.csm.voices import load_voices
+from src.tts.families.csm.engine import Engine
+from src.tts.families.csm.opening import open_engine
+from src.tts.families.csm.options import read_options
+from src.tts.families.csm.speech import SETTINGS, SesameModel
+from src.tts.families.csm.voices import load_voices
+from src.tts.families.settings import require_modules
 from src.tts.recordings import read_references
 from src.tts.tts_base import AdapterCapabilities
 
 if TYPE_CHECKING:
-    from src.tts.csm.device_model import DeviceModel
-    from src.tts.csm.lora import AdapterWeights
+    from src.tts.families.csm.device_model import DeviceModel
+    from src.tts.families.csm.lora import AdapterWeights
 
 _CONFIG = "adapter_config.json"
 _BASE_FAMILY = "sesame"
@@ -52,9 +52,9 @@ class UnslothSesameAdapter:
         device: str,
         progress: Callable[[float], None],
     ) -> SesameModel:
-        """`meta.settings` are those of csm/options.py and `base`: the folder of the base's voice
-        pack, or its model id where both lie among the same voice packs; `max_adapters` is 4 where
-        it is not set. The files are a folder as peft writes it, and the recordings of
+        """`meta.settings` are those of families/csm/options.py and `base`: the folder of the base's
+        voice pack, or its model id where both lie among the same voice packs; `max_adapters` is 4
+        where it is not set. The files are a folder as peft writes it, and the recordings of
         src/tts/recordings.py.
 
         Raises besides what SesameAdapter.load raises: CorruptModel for an adapter of another base,
@@ -138,7 +138,7 @@ def _bases(named: str, adapter: Path) -> Iterator[Path]:
 
 
 def _read_adapter(folder: Path, base: Path) -> AdapterWeights:
-    from src.tts.csm.lora import read_adapter
+    from src.tts.families.csm.lora import read_adapter
 
     return read_adapter(folder, base)
 

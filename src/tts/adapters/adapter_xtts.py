@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from src.rpc.errors import UnknownName
-from src.tts.adapters.settings import (
+from src.tts.catalog import ModelMeta
+from src.tts.families.settings import (
     Range,
     helps,
     match_language,
     read_settings,
     require_modules,
 )
-from src.tts.adapters.torch_host import give_back_memory
-from src.tts.adapters.xtts_loading import Loaded, open_model
-from src.tts.adapters.xtts_stream import speak
-from src.tts.adapters.xtts_text import Piece, check_extras, speaks
-from src.tts.catalog import ModelMeta
+from src.tts.families.torch_host import give_back_memory
+from src.tts.families.xtts.loading import Loaded, open_model
+from src.tts.families.xtts.stream import speak
+from src.tts.families.xtts.text import Piece, check_extras, speaks
 from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.tts_base import AdapterCapabilities, CancelToken, PcmChunk, Segment, VoiceSpec
 
@@ -56,8 +56,8 @@ class XttsAdapter:
         progress: Callable[[float], None],
     ) -> XttsModel:
         """A catalog entry's `settings` may hold the session's keys (as defaults) and
-        `max_streams`. The files are those of xtts_pack.py and src/tts/recordings.py; nothing is
-        written to them.
+        `max_streams`. The files are those of families/xtts/pack.py and src/tts/recordings.py;
+        nothing is written to them.
 
         Raises besides: InvalidArgument for a device that does not exist, for settings out of range
         and for a recording that makes no voice prompt, Unavailable where memory is short.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from src.tts.adapters.cosyvoice2_package import check_sources
-from src.tts.adapters.cosyvoice2_speech import CosyVoice2Model
+from src.tts.families.cosyvoice2.package import check_sources
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model
 from src.tts.tts_base import MissingPackage
 from tests.families.cosyvoice.packs import load
 
@@ -50,8 +50,8 @@ def _process() -> Any:
 @pytest.fixture(scope="session")
 def manners(tmp_path_factory: pytest.TempPathFactory) -> Manners:
     """Of the package's import and one whole load."""
-    from src.tts.adapters.cosyvoice2_package import import_package
-    from src.tts.adapters.torch_host import well_behaved
+    from src.tts.families.cosyvoice2.package import import_package
+    from src.tts.families.torch_host import well_behaved
 
     before = _process()
     with well_behaved():

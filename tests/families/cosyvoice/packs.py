@@ -12,8 +12,8 @@ import numpy as np
 
 from src.audio.pcm import Float32
 from src.tts.adapters.adapter_cosyvoice2 import CosyVoice2Adapter
-from src.tts.adapters.cosyvoice2_speech import CosyVoice2Model
 from src.tts.catalog import ModelMeta
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 
 

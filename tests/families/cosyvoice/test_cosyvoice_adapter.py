@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from src.rpc.errors import UnknownName
-from src.tts.adapters.cosyvoice2_plan import longest
-from src.tts.adapters.cosyvoice2_speech import CosyVoice2Model, Manner
+from src.tts.families.cosyvoice2.plan import longest
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner
 from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.cosyvoice.conftest import Manners

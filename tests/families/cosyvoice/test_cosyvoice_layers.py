@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from src.tts.adapters.cosyvoice2_layers import Sampler, StretchedFlow
-from src.tts.adapters.cosyvoice2_speech import CosyVoice2Model
+from src.tts.families.cosyvoice2.layers import Sampler, StretchedFlow
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model
 from src.tts.tts_base import Segment
 from tests.families.cosyvoice.packs import chunks, spec
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from src.rpc.errors import CorruptModel, DuplexError, InvalidArgument, UnknownName
-from src.tts.adapters.cosyvoice2_pack import NEEDED
+from src.tts.families.cosyvoice2.pack import NEEDED
 from tests.families.cosyvoice.packs import changed, chunks, files_of, load, rewrite
 from tests.families.cosyvoice.tiny import record
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from src.tts.adapters import cosyvoice2_opening as opening
-from src.tts.adapters.cosyvoice2_pack import LANGUAGE_MODEL, Sizes
-from src.tts.adapters.cosyvoice2_package import import_package
-from src.tts.adapters.torch_host import well_behaved
+from src.tts.families.cosyvoice2 import opening as opening
+from src.tts.families.cosyvoice2.pack import LANGUAGE_MODEL, Sizes
+from src.tts.families.cosyvoice2.package import import_package
+from src.tts.families.torch_host import well_behaved
 from tests.families.cosyvoice import onnx_bytes as onnx
 
 HIDDEN = 32

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.tts.adapters.melo_network import find_sources
+from src.tts.families.melo.network import find_sources
 from tests.families import left_out_without
 
 collect_ignore_glob = left_out_without("torch", "transformers", "numba", "inflect")

@@ -23,8 +23,8 @@ import torch
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, UnknownName
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
-from src.tts.adapters.melo_network import bound_durations, find_sources
 from src.tts.catalog import ModelMeta
+from src.tts.families.melo.network import bound_durations, find_sources
 from src.tts.render import Renderer
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec

@@ -23,9 +23,9 @@ import pytest
 import torch
 
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
-from src.tts.adapters.melo_english import Dictionary, English, spell
-from src.tts.adapters.melo_network import Sound, Stopped, find_sources, importable
 from src.tts.catalog import ModelMeta
+from src.tts.families.melo.english import Dictionary, English, spell
+from src.tts.families.melo.network import Sound, Stopped, find_sources, importable
 from src.tts.tts_base import CancelToken
 from tests.families.melo.tiny import files_of, make_net
 

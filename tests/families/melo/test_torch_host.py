@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from src.rpc.errors import CorruptModel, InvalidArgument
-from src.tts.adapters.torch_host import check_device, load_plain, well_behaved
+from src.tts.families.torch_host import check_device, load_plain, well_behaved
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

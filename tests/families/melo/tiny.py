@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from src.tts.adapters.melo_network import BERT_WIDTH, find_sources, importable
-from src.tts.adapters.torch_host import well_behaved
+from src.tts.families.melo.network import BERT_WIDTH, find_sources, importable
+from src.tts.families.torch_host import well_behaved
 
 VOICES = {"EN-US": 0, "EN-BR": 1, "EN_INDIA": 2, "EN-AU": 3, "EN-Default": 4}
 _WHOLE_WORDS = "hello this is a test the second sentence world forty two one number three".split()

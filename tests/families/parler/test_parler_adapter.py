@@ -18,8 +18,8 @@ import torch
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, Unavailable
 from src.tts.adapters.adapter_parler_tts import ParlerTtsModel
-from src.tts.adapters.parler_engine import MAX_DESCRIPTIONS
-from src.tts.adapters.parler_frames import Ids
+from src.tts.families.parler.engine import MAX_DESCRIPTIONS
+from src.tts.families.parler.frames import Ids
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.parler.packs import (
     GREEDY,

@@ -15,7 +15,7 @@ import torch
 
 from src.audio.pcm import Float32
 from src.tts.adapters.adapter_parler_tts import ParlerTtsModel
-from src.tts.adapters.parler_frames import WindowDecoder, reach_of
+from src.tts.families.parler.frames import WindowDecoder, reach_of
 from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.parler.packs import (

@@ -14,7 +14,7 @@ collect_ignore_glob = left_out_without("torch", "transformers", "peft")
 @pytest.fixture(scope="session")
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random voice pack that never ends a segment by itself. Nobody writes to it."""
-    from src.tts.csm.tiny import make_tiny_pack
+    from src.tts.families.csm.tiny import make_tiny_pack
 
     return make_tiny_pack(tmp_path_factory.mktemp("csm") / "tiny")
 
@@ -22,6 +22,6 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_ending_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, but about one frame in twenty ends its segment."""
-    from src.tts.csm.tiny import make_tiny_pack
+    from src.tts.families.csm.tiny import make_tiny_pack
 
     return make_tiny_pack(tmp_path_factory.mktemp("csm") / "ending", end_gain=3.5)

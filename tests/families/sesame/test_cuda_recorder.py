@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.tts.csm.graphs import WARM_UP_RUNS, CudaGraphRecorder, Size
+from src.tts.families.csm.graphs import WARM_UP_RUNS, CudaGraphRecorder, Size
 
 SIZE = Size(2, 64)
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from src.tts.csm.device_model import DeviceModel, sizes_for
-from src.tts.csm.frame_loop import FrameLoop, StepBatch
-from src.tts.csm.graphs import CallRecorder, Size, TickBuffers, choose, every, powers_up_to
-from src.tts.csm.mimi_stream import MimiStream
-from src.tts.csm.ports import Row, Sampling, TickResult, Voice
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.device_model import DeviceModel, sizes_for
+from src.tts.families.csm.frame_loop import FrameLoop, StepBatch
+from src.tts.families.csm.graphs import CallRecorder, Size, TickBuffers, choose, every, powers_up_to
+from src.tts.families.csm.mimi_stream import MimiStream
+from src.tts.families.csm.ports import Row, Sampling, TickResult, Voice
+from src.tts.families.csm.weights import CsmWeights, load_weights
 
 POSITIONS = 128
 TEXTS = ("A", "Good morning.", "How far is it to the sea?", "Left, then right.")
@@ -323,7 +323,7 @@ def test_a_lora_voice_and_the_base_speak_in_one_tick(
     tiny_pack: Path, tmp_path: Path, weights: CsmWeights
 ) -> None:
     """Each as it does alone, and without recording anything anew."""
-    from src.tts.csm.lora import read_adapter
+    from src.tts.families.csm.lora import read_adapter
     from tests.families.sesame.lora_packs import make_adapter
 
     adapter_weights = read_adapter(make_adapter(tiny_pack, tmp_path, seed=3), tiny_pack)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from src.tts.csm.frame_loop import FrameLoop, StepBatch
-from src.tts.csm.lora import LoraBank, StackedLinear
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.frame_loop import FrameLoop, StepBatch
+from src.tts.families.csm.lora import LoraBank, StackedLinear
+from src.tts.families.csm.weights import CsmWeights, load_weights
 
 SLOTS, POSITIONS = 8, 256
 TEXT = "Hello there, this is a test."

@@ -51,7 +51,7 @@ def test_checks_pass_where_there_are_no_graphs(capsys: pytest.CaptureFixture[str
 def test_a_check_that_fails_is_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from src.tts.csm.frame_loop import FrameLoop
+    from src.tts.families.csm.frame_loop import FrameLoop
 
     monkeypatch.setattr(FrameLoop, "restore", lambda *_: None)
     step = FrameLoop.step

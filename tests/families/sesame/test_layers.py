@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from src.rpc.errors import CorruptModel
-from src.tts.csm.layers import Layer, Norm, attend, attend_all, joined, rotations
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.layers import Layer, Norm, attend, attend_all, joined, rotations
+from src.tts.families.csm.weights import CsmWeights, load_weights
 
 
 @pytest.fixture(scope="module")

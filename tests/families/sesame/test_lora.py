@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from src.rpc.errors import CorruptModel, Exhausted, InvalidArgument
-from src.tts.csm.frame_loop import FrameLoop, StepBatch
-from src.tts.csm.lora import AdapterWeights, LoraBank, read_adapter
-from src.tts.csm.tiny import make_tiny_pack
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.frame_loop import FrameLoop, StepBatch
+from src.tts.families.csm.lora import AdapterWeights, LoraBank, read_adapter
+from src.tts.families.csm.tiny import make_tiny_pack
+from src.tts.families.csm.weights import CsmWeights, load_weights
 from tests.families.sesame.lora_packs import edit_config, keys, load_base, make_adapter, rewrite
 
 RANK = 8

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import MimiConfig, MimiModel
 
 from src.rpc.errors import CorruptModel
-from src.tts.csm.mimi_stream import MimiStream
+from src.tts.families.csm.mimi_stream import MimiStream
 
 CODEBOOKS = 32
 ENTRIES = 2048

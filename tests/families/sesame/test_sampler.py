@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from src.tts.csm import options
-from src.tts.csm.sampler import MAX_TOP_K, Sampler, gumbel, mix
+from src.tts.families.csm import options
+from src.tts.families.csm.sampler import MAX_TOP_K, Sampler, gumbel, mix
 
 VOCAB = 2048
 

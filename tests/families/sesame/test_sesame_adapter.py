@@ -25,7 +25,7 @@ from src.rpc.errors import (
 from src.tts.adapters import adapter_for
 from src.tts.adapters.adapter_sesame import SesameAdapter
 from src.tts.catalog import ROOT, ModelMeta, load_catalog
-from src.tts.csm.speech import SesameModel
+from src.tts.families.csm.speech import SesameModel
 from src.tts.loader import ModelLoader
 from src.tts.sources import SourceResolver
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
@@ -58,7 +58,7 @@ def said(
 @pytest.fixture(scope="module")
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smaller than the one of all tests: here nobody looks at what is computed."""
-    from src.tts.csm.tiny import make_tiny_pack
+    from src.tts.families.csm.tiny import make_tiny_pack
 
     folder = tmp_path_factory.mktemp("csm") / "small"
     return make_tiny_pack(folder, hidden=32, layers=1, depth_layers=1)

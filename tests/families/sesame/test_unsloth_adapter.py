@@ -31,9 +31,9 @@ from src.rpc.generated import tts_pb2_grpc
 from src.tts.adapters import adapter_for
 from src.tts.catalog import ModelMeta, load_catalog
 from src.tts.config import worker_config
-from src.tts.csm import engines, weights
-from src.tts.csm.speech import SesameModel
-from src.tts.csm.tiny import make_tiny_pack
+from src.tts.families.csm import engines, weights
+from src.tts.families.csm.speech import SesameModel
+from src.tts.families.csm.tiny import make_tiny_pack
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from src.tts.worker import Worker
 from tests.families.sesame.lora_packs import make_adapter

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable
-from src.tts.csm.tiny import make_tiny_pack
-from src.tts.csm.weights import CsmWeights, load_weights
+from src.tts.families.csm.tiny import make_tiny_pack
+from src.tts.families.csm.weights import CsmWeights, load_weights
 
 BACKBONE_KEY = "backbone_model.layers.1.self_attn.q_proj.weight"
 
@@ -257,7 +257,7 @@ def test_another_dtype_is_refused(tiny_pack: Path) -> None:
 def test_a_transformers_that_was_not_tried_is_refused(
     tiny_pack: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.tts.csm.weights.version", lambda _: version)
+    monkeypatch.setattr("src.tts.families.csm.weights.version", lambda _: version)
     with pytest.raises(Unavailable, match=rf"5\.23; installed is {version}"):
         load_weights(tiny_pack)
 

@@ -14,13 +14,13 @@ import pytest
 from tests.families import left_out_without
 
 if TYPE_CHECKING:
-    from src.tts.adapters.spark_speech import SparkTtsModel
+    from src.tts.families.spark.speech import SparkTtsModel
 
 collect_ignore_glob = left_out_without(
     "torch", "torchaudio", "transformers", "omegaconf", "einops", "einx"
 )
 if not collect_ignore_glob:
-    from src.tts.adapters.spark_pack import sources, use_sources
+    from src.tts.families.spark.pack import sources, use_sources
 
     # Not a package: its tests run where a checkout is named.
     collect_ignore_glob = [] if sources() else ["test_*.py"]

@@ -10,8 +10,8 @@ import soundfile
 
 from src.audio.pcm import Float32
 from src.tts.adapters.adapter_spark_tts import SparkTtsAdapter
-from src.tts.adapters.spark_speech import SparkTtsModel
 from src.tts.catalog import ModelMeta
+from src.tts.families.spark.speech import SparkTtsModel
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 
 TEXT = "Hello there, my friend."

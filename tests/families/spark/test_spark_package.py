@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from src.tts.adapters import spark_llm
-from src.tts.adapters.spark_llm import Sampling, pick
-from src.tts.adapters.spark_prompts import ClonedVoice, Style, cloning_prompt, style_prompt
-from src.tts.adapters.spark_speech import SparkTtsModel
-from src.tts.adapters.spark_windows import WindowPlan, Windows
+from src.tts.families.spark import llm as spark_llm
+from src.tts.families.spark.llm import Sampling, pick
+from src.tts.families.spark.prompts import ClonedVoice, Style, cloning_prompt, style_prompt
+from src.tts.families.spark.speech import SparkTtsModel
+from src.tts.families.spark.windows import WindowPlan, Windows
 from src.tts.tts_base import CancelToken
 from tests.families.spark.talk import TEXT
 from tests.families.spark.tiny import N_GLOBAL, SEMANTIC

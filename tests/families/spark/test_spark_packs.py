@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable, UnknownName
-from src.tts.adapters.spark_speech import CONTROLLABLE
+from src.tts.families.spark.speech import CONTROLLABLE
 from tests.families.spark.talk import files_of, linked, load, own, record, sound
 from tests.families.spark.tiny import ENCODER, edit_json
 

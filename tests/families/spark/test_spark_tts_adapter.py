@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from src.rpc.errors import Internal, InvalidArgument, UnknownName
-from src.tts.adapters import spark_llm
-from src.tts.adapters.spark_prompts import most_tokens
-from src.tts.adapters.spark_speech import CONTROLLABLE, SparkTtsModel
-from src.tts.adapters.spark_windows import Windows
+from src.tts.families.spark import llm as spark_llm
+from src.tts.families.spark.prompts import most_tokens
+from src.tts.families.spark.speech import CONTROLLABLE, SparkTtsModel
+from src.tts.families.spark.windows import Windows
 from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.spark.talk import GREEDY, TEXT, chunks, files_of, load, sound
@@ -37,7 +37,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_after(monkeypatch: pytest.MonkeyPatch, most: Callable[[str], int]) -> None:
-    monkeypatch.setattr("src.tts.adapters.spark_speech.most_tokens", most)
+    monkeypatch.setattr("src.tts.families.spark.speech.most_tokens", most)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_who_speaks_is_known_before_the_first_sound_and_stays(
     model: SparkTtsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """32 global codes for every decode of an utterance, whatever is said first."""
-    from src.tts.adapters.spark_speech import Voicing
+    from src.tts.families.spark.speech import Voicing
 
     model._openings._kept.clear()
     speakers: list[tuple[int, ...]] = []
@@ -183,7 +183,7 @@ def test_who_speaks_is_known_before_the_first_sound_and_stays(
 def test_voices_that_were_made_up_are_forgotten_at_last(
     model: SparkTtsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.tts.adapters.spark_speech._KEPT_OPENINGS", 3)
+    monkeypatch.setattr("src.tts.families.spark.speech._KEPT_OPENINGS", 3)
     model._openings._kept.clear()
     for seed in range(5):
         stream = model.stream(

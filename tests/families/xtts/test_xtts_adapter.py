@@ -17,10 +17,10 @@ import pytest
 
 from src.audio.pcm import FRAME_MS
 from src.rpc.errors import Internal, InvalidArgument, Unavailable, UnknownName
-from src.tts.adapters import xtts_stream
 from src.tts.adapters.adapter_xtts import XttsModel
-from src.tts.adapters.xtts_stream import CHUNKS, CODE_MS, most_codes, session_view
-from src.tts.adapters.xtts_text import spoken_ms
+from src.tts.families.xtts import stream as xtts_stream
+from src.tts.families.xtts.stream import CHUNKS, CODE_MS, most_codes, session_view
+from src.tts.families.xtts.text import spoken_ms
 from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, PcmChunk, Segment
 from tests.families.xtts.tiny import LANGUAGES, PRESETS, files_of, load, said, spec

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.tts.adapters import xtts_stream
 from src.tts.adapters.adapter_xtts import XttsModel
-from src.tts.adapters.xtts_stream import Growing, Prepared, Watch, session_view
+from src.tts.families.xtts import stream as xtts_stream
+from src.tts.families.xtts.stream import Growing, Prepared, Watch, session_view
 from src.tts.tts_base import CancelToken
 
 STEPS = 24

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
-from src.tts.adapters.xtts_pack import plain_checkpoint
+from src.tts.families.xtts.pack import plain_checkpoint
 from tests.families.xtts.tiny import files_of, load, make_tiny_pack, said, spec
 
 Change = Callable[[Path], None]

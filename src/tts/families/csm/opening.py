@@ -1,0 +1,110 @@
+"""From a folder to an engine that runs, shared by all models that speak with these weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import cast
+
+from src.rpc.errors import CorruptModel, FailedPrecondition, Unavailable
+from src.tts.families.csm.engine import Engine
+from src.tts.families.csm.engines import Lease, OtherTerms, engine_for
+from src.tts.families.csm.options import EngineOptions
+
+_log = logging.getLogger(__name__)
+
+_DOWNLOAD = (
+    "hf download sesame/csm-1b --local-dir {folder} config.json tokenizer.json "
+    "tokenizer_config.json transformers.safetensors.index.json "
+    "transformers-00001-of-00002.safetensors transformers-00002-of-00002.safetensors"
+)
+
+
+def pack_folder(model_id: str, family: str, files: Mapping[str, Path]) -> Path:
+    """The folder that holds the weights, as `from_pretrained` wants it.
+
+    Raises CorruptModel: without files, with what to download and where to put it.
+    """
+    config = files.get("config.json")
+    if config is None:
+        folder = PurePosixPath("voicepacks", family, model_id.removeprefix(f"{family}-"))
+        raise CorruptModel(
+            f"{model_id}: there are no weights. Download 7 GB of them into {folder}, where its "
+            f"metadata.yaml is (accept the licence on the model's page first): "
+            f"`{_DOWNLOAD.format(folder=folder)}`; docs/families/{family}.md says more. "
+            "To try the engine without weights: --default_model tiny-csm-random, which speaks noise"
+        )
+    folder_on_disk = config.parent
+    for name, path in files.items():
+        if path != folder_on_disk / name:
+            raise CorruptModel(
+                f"{model_id}: {name} is at {path}, not beside {config}; "
+                "a Sesame model is read from one folder"
+            )
+    return folder_on_disk
+
+
+def open_engine(
+    model_id: str,
+    folder: Path,
+    device: str,
+    options: EngineOptions,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Lease[Engine]:
+    """A share in the engine on these weights; the first to ask loads them.
+
+    Raises CorruptModel, InvalidArgument for a device that does not exist, Unavailable where the
+    slots do not fit in its memory, FailedPrecondition while they are loaded with other options:
+    a second copy would take the memory of the first again, unseen.
+    """
+
+    def make() -> Engine:
+        from src.tts.families.csm.device_model import DeviceModel
+        from src.tts.families.csm.weights import load_weights
+
+        weights = load_weights(folder, device=device, dtype=options.dtype)
+        progress(0.6)
+        model = DeviceModel(
+            weights,
+            slots=options.max_slots,
+            positions=options.positions,
+            compile=options.compile,
+            max_adapters=options.max_adapters,
+            max_rank=options.max_rank,
+        )
+        progress(0.9)
+        engine = Engine(model, name=model_id)
+        engine.start()
+        return engine
+
+    try:
+        return engine_for((folder.resolve(), device), make, options, EngineOptions.serves)
+    except OtherTerms as other:
+        raise FailedPrecondition(
+            f"{model_id}: its weights are in memory already, for another model, with "
+            f"{_difference(cast(EngineOptions, other.terms), options)}; give the entries of all "
+            "models that share weights the same settings"
+        ) from None
+    except _out_of_memory() as error:
+        raise Unavailable(
+            f"{model_id} does not fit into the memory of {device} with {options.max_slots} slots "
+            f"of {options.positions} positions; lower max_slots or positions in the catalog"
+        ) from error
+
+
+def _difference(theirs: EngineOptions, ours: EngineOptions) -> str:
+    mine = asdict(ours)
+    return ", ".join(
+        f"{name} {value} (this one: {mine[name]})"
+        for name, value in asdict(theirs).items()
+        if value != mine[name]
+    )
+
+
+def _out_of_memory() -> type[BaseException]:
+    import torch
+
+    kind: type[BaseException] = torch.OutOfMemoryError
+    return kind

@@ -1,0 +1,1 @@
+"""Parler-TTS: the package step by step (engine.py), its codec in windows (frames.py)."""

@@ -1,0 +1,1 @@
+"""Piper's network asked for its durations, and words out of them."""
