@@ -175,6 +175,8 @@ def _bud(tag: str, context: Path, options: Sequence[str]) -> None:
     fixed = ["--isolation", "chroot", "--network", "host", "--format", "docker"]
     argv = ["nice", "-n", "15", "buildah", "bud", *fixed, *options, "-t", tag, str(context)]
     SCRATCH.mkdir(parents=True, exist_ok=True)
+    if exists(tag):  # or it would stay, without a name
+        podman("rmi", "-f", tag)
     call(argv, env={**os.environ, "TMPDIR": str(SCRATCH)})
 
 
