@@ -59,7 +59,7 @@ _NO_SOUND: Float32 = np.empty(0, dtype=np.float32)
 class ParlerTtsAdapter:
     family = "parler_tts"
     capabilities = AdapterCapabilities(
-        cpu_ok=True, emotive_zero_prompt=True, streams=True, settings=helps(_SESSION)
+        emotive_zero_prompt=True, streams=True, settings=helps(_SESSION)
     )
 
     def check_installed(self) -> None:

@@ -41,7 +41,7 @@ _KNOWN: dict[str, Any] = {
 
 class SparkTtsAdapter:
     family = FAMILY
-    capabilities = AdapterCapabilities(zero_shot=True, settings=SETTINGS)
+    capabilities = AdapterCapabilities(zero_shot=True, streams=True, settings=SETTINGS)
 
     def check_installed(self) -> None:
         check_installed()
