@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import pytest
 from src.rpc.errors import UnknownName
 from src.tts.families.cosyvoice2.plan import longest
 from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner
-from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.cosyvoice.conftest import Manners
 from tests.families.cosyvoice.packs import chunks, load, sound, spec
+from tests.families.oracles import assert_frames_hold_all
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.timeout(400)  # the first test waits for the package's import
@@ -71,12 +70,7 @@ def test_every_word_comes_once_in_order_and_estimated(model: CosyVoice2Model) ->
 
 
 def test_frames_add_up_to_the_samples(model: CosyVoice2Model) -> None:
-    renderer, samples, frames = Renderer(24_000, None), 0, 0
-    for chunk in chunks(model, TEXT):
-        samples += chunk.samples.size
-        frames += len(renderer.push(chunk))
-    frames += len(renderer.finish()[0])
-    assert frames == ceil(samples * 2 / 960)
+    assert_frames_hold_all(chunks(model, TEXT), 24_000)
 
 
 def test_speed_is_kept_in_a_stream(model: CosyVoice2Model) -> None:

@@ -25,10 +25,10 @@ from src.rpc.errors import CorruptModel, Internal, InvalidArgument, UnknownName
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
 from src.tts.catalog import ModelMeta
 from src.tts.families.melo.network import bound_durations, find_sources
-from src.tts.render import Renderer
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 from tests.families.melo.tiny import VOICES, files_of, make_tiny_pack
+from tests.families.oracles import assert_frames_hold_all
 
 STILL = {"noise": "0", "noise_w": "0"}
 TEXT = "Hello world, this is a test. The second sentence is number two!"
@@ -113,11 +113,7 @@ def test_segments_are_pulled_as_they_are_spoken(model: MeloModel) -> None:
 
 
 def test_all_that_is_said_becomes_frames(model: MeloModel) -> None:
-    said = chunks(model, TEXT)
-    renderer = Renderer(44_100, None)
-    frames = sum(len(renderer.push(chunk)) for chunk in said) + len(renderer.finish()[0])
-    samples = sum(chunk.samples.size for chunk in said)
-    assert frames == math.ceil(samples * 48_000 / 44_100 / 960)
+    assert_frames_hold_all(chunks(model, TEXT), 44_100)
 
 
 def test_voices_speeds_and_noise_are_heard(model: MeloModel) -> None:

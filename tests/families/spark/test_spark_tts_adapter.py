@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ from src.tts.families.spark import llm as spark_llm
 from src.tts.families.spark.prompts import most_tokens
 from src.tts.families.spark.speech import CONTROLLABLE, SparkTtsModel
 from src.tts.families.spark.windows import Windows
-from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
+from tests.families.oracles import assert_frames_hold_all
 from tests.families.spark.talk import GREEDY, TEXT, chunks, files_of, load, sound
 from tests.families.spark.tiny import N_GLOBAL, make_tiny_pack
 
@@ -97,14 +96,7 @@ def test_words_come_in_order_at_their_places(model: SparkTtsModel) -> None:
 
 
 def test_all_of_the_sound_is_in_the_frames(ending: SparkTtsModel) -> None:
-    renderer, samples = Renderer(ending.native_sample_rate, None), 0
-    frames: list[object] = []
-    for chunk in chunks(ending, seed="1", temperature="1"):
-        samples += chunk.samples.size
-        frames += renderer.push(chunk)
-    rest, _ = renderer.finish()
-    assert len(frames) + len(rest) == math.ceil(samples * 48_000 / 16_000 / 960)
-    assert samples
+    assert_frames_hold_all(chunks(ending, seed="1", temperature="1"), 16_000)
 
 
 def test_a_sentence_ends_where_the_model_ends_it(

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.audio.pcm import FRAME_MS
 from src.rpc.errors import Internal, InvalidArgument, Unavailable, UnknownName
 from src.tts.adapters.adapter_xtts import XttsModel
 from src.tts.families.xtts import stream as xtts_stream
 from src.tts.families.xtts.stream import CHUNKS, CODE_MS, most_codes, session_view
 from src.tts.families.xtts.text import spoken_ms
-from src.tts.render import Renderer
 from src.tts.tts_base import CancelToken, PcmChunk, Segment
+from tests.families.oracles import assert_frames_hold_all
 from tests.families.xtts.tiny import LANGUAGES, PRESETS, files_of, load, said, spec
 
 TEXT = "Hello there."
@@ -71,12 +70,7 @@ def test_the_package_does_send_empty_chunks_and_none_of_them_comes_through(
 
 
 def test_the_frames_are_as_long_as_the_sound(model: XttsModel) -> None:
-    renderer, samples, frames = Renderer(24_000, None), 0, 0
-    for chunk in chunks(model, TEXT):
-        samples += chunk.samples.size
-        frames += len(renderer.push(chunk))
-    frames += len(renderer.finish()[0])
-    assert frames == -(-samples * 48_000 // 24_000 // (48 * FRAME_MS))
+    assert_frames_hold_all(chunks(model, TEXT), 24_000)
 
 
 def test_every_word_is_marked_once_and_in_order(model: XttsModel) -> None:
