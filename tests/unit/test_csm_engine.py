@@ -538,7 +538,8 @@ def test_memory_is_flat_over_many_utterances() -> None:
             grown = _traced() - before
         finally:
             tracemalloc.stop()
-    assert grown < 16_000, f"{grown} bytes more after 200 utterances"
+    # One frame kept for each would be 1.5 MB; the interpreter's own lists take up to 100 bytes each.
+    assert grown < 60_000, f"{grown} bytes more after 200 utterances"
     assert not cancel._callbacks
 
 
