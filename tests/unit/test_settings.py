@@ -11,6 +11,8 @@ from src.tts.families.settings import (
     Setting,
     Words,
     helps,
+    known_language,
+    known_voice,
     match_language,
     read_settings,
     require_modules,
@@ -132,3 +134,14 @@ def test_looking_for_modules_imports_none(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delitem(sys.modules, "this", raising=False)
     require_modules("x", ("this",), "pip install x")
     assert "this" not in sys.modules
+
+
+def test_a_voice_and_a_language_are_known_or_the_first() -> None:
+    assert known_voice("", ["anna", "joe"]) == "anna"
+    assert known_voice("joe", ["anna", "joe"]) == "joe"
+    with pytest.raises(UnknownName, match="did you mean 'joe'"):
+        known_voice("jo", ["anna", "joe"])
+    assert known_language("", ["en-US", "de"]) == "en-US"
+    assert known_language("en", ["de", "en-US"]) == "en-US"
+    with pytest.raises(UnknownName, match="'fr'"):
+        known_language("fr", ["de", "en-US"])

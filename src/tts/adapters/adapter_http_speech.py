@@ -17,7 +17,7 @@ from src.rpc.errors import Unavailable, UnknownName
 from src.tts.catalog import ModelMeta
 from src.tts.families.http_speech.server import SpeechServer
 from src.tts.families.http_speech.settings import SPEED, HttpSettings, read_http_settings
-from src.tts.families.settings import helps, match_language
+from src.tts.families.settings import helps, known_language, known_voice
 from src.tts.paced_words import USUAL_MS, PacedWords, WordPace
 from src.tts.tts_base import AdapterCapabilities, CancelToken, PcmChunk, Segment, VoiceSpec
 
@@ -81,14 +81,10 @@ class HttpSpeechModel:
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
         """An entry without languages takes any: the API has no field for it."""
-        voice = spec.voice or self.voices[0]
-        if voice not in self._theirs:
-            raise UnknownName.among("voice", voice, self.voices)
-        language: str | None = spec.language
+        voice = known_voice(spec.voice, self.voices)
+        language = spec.language
         if self.languages:
-            language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+            language = known_language(spec.language, self.languages)
         for name, value in spec.settings.items():
             if name not in _SETTINGS:
                 raise UnknownName.among("setting", name, _SETTINGS)

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.rpc.errors import InvalidArgument, UnknownName
+from src.rpc.errors import InvalidArgument
 from src.tts.catalog import ModelMeta
 from src.tts.families.parler.engine import ParlerEngine, SpeechEnded, open_engine
 from src.tts.families.parler.frames import Ids, Undelay, WindowDecoder
@@ -23,7 +23,8 @@ from src.tts.families.settings import (
     Range,
     Setting,
     helps,
-    match_language,
+    known_language,
+    known_voice,
     read_settings,
     require_modules,
 )
@@ -114,12 +115,8 @@ class ParlerTtsModel:
         self.languages = tuple(meta.languages) or LANGUAGES
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
-        voice = spec.voice or self.voices[0]
-        if voice not in self._states:
-            raise UnknownName.among("voice", voice, self.voices)
-        language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+        voice = known_voice(spec.voice, self.voices)
+        language = known_language(spec.language, self.languages)
         settings = read_settings(_SESSION, self._defaults, spec.settings)
         return VoiceSpec(voice, language, {name: str(value) for name, value in settings.items()})
 

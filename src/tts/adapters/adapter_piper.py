@@ -26,7 +26,8 @@ from src.tts.families.piper.words import word_marks
 from src.tts.families.settings import (
     Range,
     helps,
-    match_language,
+    known_language,
+    known_voice,
     read_settings,
     require_modules,
 )
@@ -114,12 +115,8 @@ class PiperModel:
         self.languages = tuple(meta.languages) or (_language(config),)
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
-        voice = spec.voice or self.voices[0]
-        if voice not in self._speakers:
-            raise UnknownName.among("voice", voice, self.voices)
-        language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+        voice = known_voice(spec.voice, self.voices)
+        language = known_language(spec.language, self.languages)
         read_settings(_VOICE, self._defaults, spec.settings)
         return VoiceSpec(voice, language, {**self._defaults, **spec.settings})
 

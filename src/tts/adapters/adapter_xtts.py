@@ -14,6 +14,7 @@ from src.tts.catalog import ModelMeta
 from src.tts.families.settings import (
     Range,
     helps,
+    known_voice,
     match_language,
     read_settings,
     require_modules,
@@ -85,9 +86,7 @@ class XttsModel:
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
         """Raises besides: Unavailable for a language whose packages are not installed."""
-        voice = spec.voice or self.voices[0]
-        if voice not in self._loaded.voices:
-            raise UnknownName.among("voice", voice, self.voices)
+        voice = known_voice(spec.voice, self.voices)
         language = match_language(spec.language or self.languages[0], self._loaded.languages)
         if language is None:
             raise UnknownName.among("language", spec.language, self.languages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -130,6 +130,21 @@ def match_language(wanted: str, known: Iterable[str]) -> str | None:
     if base == tag:
         return next((t for t in tags if t.lower().partition("-")[0] == base), None)
     return next((t for t in tags if t.lower() == base), None)
+
+
+def known_voice(wanted: str, voices: Sequence[str]) -> str:
+    """`wanted`, or the first where none is asked for. Raises UnknownName."""
+    if wanted and wanted not in voices:
+        raise UnknownName.among("voice", wanted, voices)
+    return wanted or voices[0]
+
+
+def known_language(wanted: str, languages: Sequence[str]) -> str:
+    """What `match_language` finds, or the first where none is asked for. Raises UnknownName."""
+    known = match_language(wanted or languages[0], languages)
+    if known is None:
+        raise UnknownName.among("language", wanted, languages)
+    return known
 
 
 def require_modules(family: str, modules: Iterable[str], install: str) -> None:

@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.rpc.errors import UnknownName
 from src.tts.families.cosyvoice2.plan import (
     EMOTIONS,
     SAMPLE_RATE,
@@ -30,7 +29,8 @@ from src.tts.families.settings import (
     Setting,
     Words,
     helps,
-    match_language,
+    known_language,
+    known_voice,
     read_settings,
 )
 from src.tts.paced_words import PacedWords, WordPace
@@ -134,12 +134,8 @@ class CosyVoice2Model:
         self._manner(VoiceSpec(self.voices[0], ""))  # wrong defaults fail here, not in a session
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
-        voice = spec.voice or self.voices[0]
-        if voice not in self._paces:
-            raise UnknownName.among("voice", voice, self.voices)
-        language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+        voice = known_voice(spec.voice, self.voices)
+        language = known_language(spec.language, self.languages)
         settings = read_settings(_VOICE, self._defaults, spec.settings)
         return VoiceSpec(voice, language, {key: _written(value) for key, value in settings.items()})
 

@@ -12,7 +12,7 @@ from src.tts.families.csm.engine import Engine, Slot
 from src.tts.families.csm.engines import Lease
 from src.tts.families.csm.options import SEED, whole_number
 from src.tts.families.csm.ports import Voice
-from src.tts.families.settings import match_language
+from src.tts.families.settings import known_language, known_voice
 from src.tts.paced_words import PacedWords, WordPace
 from src.tts.segmenter import speakable
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
@@ -49,12 +49,8 @@ class SesameModel:
         self.max_streams = lease.engine.slots
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
-        voice = spec.voice or self.voices[0]
-        if voice not in self._voices:
-            raise UnknownName.among("voice", voice, self.voices)
-        language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+        voice = known_voice(spec.voice, self.voices)
+        language = known_language(spec.language, self.languages)
         return VoiceSpec(voice, language, {"seed": str(self._seed_of(spec.settings))})
 
     def stream(

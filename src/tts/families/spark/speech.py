@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.rpc.errors import DuplexError, Internal, InvalidArgument, UnknownName
-from src.tts.families.settings import Choice, Range, helps, match_language, read_settings
+from src.rpc.errors import DuplexError, Internal, InvalidArgument
+from src.tts.families.settings import (
+    Choice,
+    Range,
+    helps,
+    known_language,
+    known_voice,
+    read_settings,
+)
 from src.tts.families.spark.llm import Sampling, SpeechLlm
 from src.tts.families.spark.prompts import (
     GENDERS,
@@ -119,12 +126,8 @@ class SparkTtsModel:
 
     def check_voice(self, spec: VoiceSpec) -> VoiceSpec:
         """Raises besides: InvalidArgument for a style asked of a voice that has its own."""
-        voice = spec.voice or self.voices[0]
-        if voice not in self._voices:
-            raise UnknownName.among("voice", voice, self.voices)
-        language = match_language(spec.language or self.languages[0], self.languages)
-        if language is None:
-            raise UnknownName.among("language", spec.language, self.languages)
+        voice = known_voice(spec.voice, self.voices)
+        language = known_language(spec.language, self.languages)
         read = read_settings(SESSION, self._defaults, spec.settings)
         values = {name: _written(value) for name, value in read.items()}
         if self._voices[voice] is not None:
