@@ -12,7 +12,7 @@ import pickle
 import random
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,19 @@ def load_plain(model_id: str, path: Path, device: Any = "cpu") -> Any:
         raise CorruptModel(f"{model_id}: {path.name} cannot be read: {error}") from error
 
 
+def one_folder(model_id: str, what: str, folder: Path, files: Mapping[str, Path]) -> Path:
+    """`folder`, in which all of these files lie by their names, as a family's own loader needs it.
+
+    Raises CorruptModel for one that lies elsewhere; `what` is read: "a Parler model".
+    """
+    for name, path in files.items():
+        if path != folder / name:
+            raise CorruptModel(
+                f"{model_id}: {name} is at {path}, not in {folder}; {what} is read from one folder"
+            )
+    return folder
+
+
 def give_back_memory(device: str) -> None:
     """After the last reference to a model is gone. Not between utterances: it stalls the others."""
     gc.collect()
@@ -90,3 +103,17 @@ def well_behaved() -> Iterator[None]:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
         torch.set_rng_state(drawn[2])
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bars, and without a report in colours of what we say in an error."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

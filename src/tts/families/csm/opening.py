@@ -12,6 +12,7 @@ from src.rpc.errors import CorruptModel, FailedPrecondition, Unavailable
 from src.tts.families.csm.engine import Engine
 from src.tts.families.csm.engines import Lease, OtherTerms, engine_for
 from src.tts.families.csm.options import EngineOptions
+from src.tts.families.torch_host import one_folder
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +37,7 @@ def pack_folder(model_id: str, family: str, files: Mapping[str, Path]) -> Path:
             f"`{_DOWNLOAD.format(folder=folder)}`; docs/families/{family}.md says more. "
             "To try the engine without weights: --default_model tiny-csm-random, which speaks noise"
         )
-    folder_on_disk = config.parent
-    for name, path in files.items():
-        if path != folder_on_disk / name:
-            raise CorruptModel(
-                f"{model_id}: {name} is at {path}, not beside {config}; "
-                "a Sesame model is read from one folder"
-            )
-    return folder_on_disk
+    return one_folder(model_id, "a Sesame model", config.parent, files)
 
 
 def open_engine(

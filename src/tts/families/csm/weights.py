@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable
 from src.tts.families.csm.tiny import BEGIN, END
+from src.tts.families.torch_host import quiet_transformers
 
 TRANSFORMERS = (5, 23)
 """frame_loop runs the modules of this release itself; the tests hold the two equal for it alone."""
@@ -65,7 +65,7 @@ def load_weights(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> C
     _check_transformers()
     place = _device(device)
     wanted = _dtype(dtype, place)
-    with _quiet():
+    with quiet_transformers():
         config = _read_config(folder)
         tokenizer = _read_tokenizer(folder, config)
         model = _read_model(folder, config)
@@ -115,20 +115,6 @@ def _dtype(name: str, device: Any) -> Any:
     if name not in _DTYPES:
         raise InvalidArgument(f"dtype is 'auto', 'float32' or 'bfloat16', not {name!r}")
     return _DTYPES[name]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without its progress bars, and without a report in colours of what we say in an error."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _read_config(folder: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from src.common.config import ConfigError, read_yaml
 from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
 from src.tts.families.settings import Words
+from src.tts.families.torch_host import one_folder
 
 DESCRIPTIONS = "descriptions.yaml"
 DESCRIPTION_TOKENIZER = "description_tokenizer"
@@ -38,13 +39,7 @@ def pack_folder(model_id: str, files: Mapping[str, Path]) -> Path:
             )
         # The package takes a file that it cannot read for one that is not there.
         _read_json(model_id, name, files[name])
-    folder = files["config.json"].parent
-    for name, path in files.items():
-        if path != folder / name:
-            raise CorruptModel(
-                f"{model_id}: {name} is at {path}, not in {folder}; "
-                "a Parler model is read from one folder"
-            )
+    folder = one_folder(model_id, "a Parler model", files["config.json"].parent, files)
     for name in _weight_files(model_id, files):
         if name not in files:
             raise CorruptModel(f"{model_id}: {name} is missing; fetch it again")

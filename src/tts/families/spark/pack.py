@@ -20,6 +20,7 @@ from src.rpc.errors import CorruptModel, Unavailable
 from src.tts.families.settings import require_modules
 from src.tts.families.spark.llm import SpeechLlm
 from src.tts.families.spark.prompts import TOKENS_PER_SECOND, read_vocabulary
+from src.tts.families.torch_host import one_folder
 from src.tts.tts_base import MissingPackage
 
 FAMILY = "spark_tts"
@@ -78,14 +79,7 @@ def pack_folder(model_id: str, files: Mapping[str, Path]) -> Path:
             f"convert it: uv run just voicepack-convert {files['LLM/pytorch_model.bin']}"
         )
     require_files(model_id, files, _FILES)
-    folder = files["config.yaml"].parent
-    for name, path in files.items():
-        if path != folder / name:
-            raise CorruptModel(
-                f"{model_id}: {name} is at {path}, not in {folder}; "
-                "a Spark-TTS model is read from one folder"
-            )
-    return folder
+    return one_folder(model_id, "a Spark-TTS model", files["config.yaml"].parent, files)
 
 
 def require_files(model_id: str, files: Mapping[str, Path], names: Iterable[str]) -> None:
@@ -180,20 +174,6 @@ def samples_per_code(model_id: str, folder: Path) -> tuple[int, int]:
             f"Spark-TTS says {TOKENS_PER_SECOND} codes a second"
         )
     return rate, hop
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and without its report of what we say in an error."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 @contextmanager
