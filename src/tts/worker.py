@@ -128,9 +128,10 @@ class Worker:
             await self._serve(stop)
         finally:
             await server.stop(grace=0.5)
+            # A thread holds its model until it ends, and who is held is not unloaded.
+            await asyncio.to_thread(self._pool.close)
             await self._manager.close()
             self._loader.close()
-            self._pool.close()
 
     def _know_thyself(self, port: int) -> None:
         settings = self._config.worker
