@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from src.orchestrator.asr_turn import Partial
-from src.orchestrator.duplex import DuplexState
+from src.orchestrator.duplex_state import DuplexState
 from src.orchestrator.heard import HeardText
 from src.orchestrator.phrases import joined
 from src.orchestrator.ports import MIC_STEP_MS, Transport, VoiceInfo

@@ -13,7 +13,7 @@ from pydantic import Field, SecretStr, field_validator
 from src.common.config import ConfigError, StrictModel, load_config
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.auth import refuse_open_door
-from src.orchestrator.duplex import DuplexSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.llm_context import LlmSettings
 from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.routing import RoutingPolicy, load_policy

@@ -13,216 +13,30 @@ away (`Presence`) it stays closed, and nobody begins to speak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
-from pydantic import Field
-
-from src.common.config import StrictModel
-from src.orchestrator.phrases import BACK_CHANNELS, INTERRUPTIONS, UNFINISHED, joined, same_words
+from src.orchestrator.duplex_state import (
+    Act,
+    Do,
+    DuplexState,
+    Event,
+    Finished,
+    Judged,
+    Phase,
+    Presence,
+    Ready,
+    Say,
+    Step,
+    Typed,
+    User,
+    Voice,
+    Words,
+)
+from src.orchestrator.phrases import joined, same_words
 from src.orchestrator.vad import VadPhase
-from src.rpc.ws_events import StateName
 
-
-class DuplexSettings(StrictModel):
-    """How a session takes turns. Times are milliseconds unless the name says otherwise."""
-
-    verdict_window_ms: int = Field(
-        600, ge=100, le=3000, description="after a speech edge, the verdict falls by then"
-    )
-    sustained_ms: int = Field(
-        500, ge=100, le=3000, description="confirmed speech this long is an interruption"
-    )
-    flush_ack_ms: int = Field(
-        150, ge=0, le=1000, description="a resume waits this long for the client to say what it had"
-        " played, so that nothing is heard twice",
-    )  # fmt: skip
-    back_channels: tuple[str, ...] = Field(
-        BACK_CHANNELS, description="words that say 'go on' and never take the turn"
-    )
-    interruptions: tuple[str, ...] = Field(
-        INTERRUPTIONS, description="words that take the turn however short they are"
-    )
-    unfinished: tuple[str, ...] = Field(
-        UNFINISHED, description="words after which more must come, whatever mark they end with"
-    )
-    speculative_llm: bool = Field(
-        True, description="answer the words known at the first silence; dropped if they change"
-    )
-    greeting: str = Field("", max_length=2000, description="the agent's first words")
-    preroll_ms: int = Field(
-        300, ge=0, le=2000, description="audio before the edge that the recogniser gets too"
-    )
-    lead_ms: int = Field(
-        160, ge=40, le=1000, description="how far ahead of its playing a frame may be sent"
-    )
-    ack_margin_ms: int = Field(
-        1000, ge=100, le=10_000, description="a frame counts as heard this long after it was due,"
-        " for clients that do not say what they played",
-    )  # fmt: skip
-    kept_ms: int = Field(
-        3000, ge=500, le=30_000, description="audio kept until heard; beyond it the worker waits"
-    )
-    max_reply_chars: int = Field(8000, ge=100, description="a reply is cut off beyond this")
-    max_reply_s: int = Field(180, ge=5, description="a reply's audio is cut off beyond this")
-    max_queued_says: int = Field(8, ge=1, description="`speak` texts that may wait for their turn")
-
-
-class Phase(Enum):
-    IDLE = "idle"
-    DRAFTING = "drafting"
-    """A reply is made from words that may still change; nobody hears it."""
-    PREPARING = "preparing"
-    """The turn is over; the reply begins with its first frame unless the user goes on."""
-    SPEAKING = "speaking"
-    BARGED_IN = "barged_in"
-
-
-class User(Enum):
-    SILENT = "silent"
-    TALKING = "talking"
-    PAUSING = "pausing"
-    ENDED = "ended"
-    """The turn's end was called; its final words are on their way."""
-    AGAIN = "again"
-    """As ENDED, but they talk again already, before those words came."""
-
-
-_MODES: dict[Phase, StateName] = {Phase.SPEAKING: "speaking", Phase.BARGED_IN: "barged_in"}
 _OPEN_TURN = (User.TALKING, User.PAUSING)
 _AWAITING_WORDS = (User.ENDED, User.AGAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class DuplexState:
-    phase: Phase = Phase.IDLE
-    user: User = User.SILENT
-    reply_id: str = ""
-    ready: bool = False
-    """The reply's first frame is here."""
-    asked: str = ""
-    """The user's words that the reply in hand answers; empty for the agent's own words."""
-    words: str | None = None
-    """What the open turn is known to say so far; None until the recogniser has said."""
-    carried: str = ""
-    """What the user had said before a pause that was not the end."""
-    queued: tuple[str, ...] = ()
-    away: bool = False
-    """The user cannot hear now: what is being said waits."""
-    replies: int = 0
-    turns: int = 0
-
-    @property
-    def mode(self) -> StateName:
-        return _MODES.get(self.phase, "listening")
-
-    @property
-    def gate(self) -> str:
-        """The one reply whose frames may leave now; empty: none may."""
-        return self.reply_id if self.phase is Phase.SPEAKING and not self.away else ""
-
-    @property
-    def turn_id(self) -> str:
-        return f"t{self.turns}"
-
-
-# --- events ---
-
-
-@dataclass(frozen=True, slots=True)
-class Voice:
-    phase: VadPhase
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """`unheard`: not a word of the reply had reached the ear."""
-
-    real: bool
-    unheard: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """The recogniser's text of the open turn: speculative, or final once the turn has ended."""
-
-    text: str
-    final: bool
-    back_channel: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Typed:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    reply_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The reply is over: heard to its end, or `ok` is False and it cannot go on."""
-
-    reply_id: str
-    ok: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """Whether the user can hear. Lost with the connection, and found again with it."""
-
-    here: bool
-
-
-Event = Voice | Judged | Words | Typed | Say | Ready | Finished | Presence
-
-
-# --- actions ---
-
-
-class Act(Enum):
-    BEGIN_TURN = "begin_turn"
-    SPECULATE = "speculate"
-    REVOKE = "revoke"
-    """What was speculated on is void: the user goes on."""
-    FINISH_TURN = "finish_turn"
-    DROP_TURN = "drop_turn"
-    FORGET_WORDS = "forget_words"
-    """The final words that are still on their way are not wanted any more."""
-
-    DRAFT = "draft"
-    PROMOTE = "promote"
-    """The draft answers the final words: it is the reply now."""
-    REPLY = "reply"
-    SAY = "say"
-    PLAY = "play"
-    """The gate is open: send from the first frame that was not heard."""
-    SHUT = "shut"
-    """The gate has closed: silence at the listener, now."""
-    PAUSE = "pause"
-    RESUME = "resume"
-    STOP = "stop"
-    CUT = "cut"
-    """The context keeps what was heard of the reply."""
-    COMPLETE = "complete"
-    """The reply was heard to its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Do:
-    act: Act
-    reply_id: str = ""
-    text: str = ""
-
-
-Step = tuple[DuplexState, list[Do]]
 
 
 def step(state: DuplexState, event: Event) -> Step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from src.orchestrator.duplex import DuplexSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.phrases import covered, has_phrase, tokens
 
 

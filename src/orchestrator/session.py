@@ -22,10 +22,11 @@ from src.common.tasks import TaskGroup, timeout
 from src.orchestrator.announce import Announcer
 from src.orchestrator.asr import AsrSettings
 from src.orchestrator.asr_turn import Partial
-from src.orchestrator.duplex import (
+from src.orchestrator.duplex import step
+from src.orchestrator.duplex_settings import DuplexSettings
+from src.orchestrator.duplex_state import (
     Act,
     Do,
-    DuplexSettings,
     DuplexState,
     Event,
     Finished,
@@ -38,7 +39,6 @@ from src.orchestrator.duplex import (
     User,
     Voice,
     Words,
-    step,
 )
 from src.orchestrator.heard import HeardText
 from src.orchestrator.judge import Judgement, Verdict, is_back_channel, judge
@@ -61,8 +61,6 @@ from src.orchestrator.voices import Voices
 from src.orchestrator.waterfall import Waterfall
 from src.rpc.errors import DuplexError, Exhausted, InvalidArgument
 from src.rpc.ws_events import VerdictName
-
-__all__ = ["DuplexSession", "DuplexSettings"]
 
 log = logging.getLogger(__name__)
 

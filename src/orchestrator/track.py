@@ -9,7 +9,7 @@ from typing import Protocol
 
 from src.audio.pcm import FRAME_MS, from_bytes, level_dbfs
 from src.common.clock import Clock
-from src.orchestrator.duplex import DuplexSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.heard import HeardText, split_heard
 from src.orchestrator.outbox import Grid, Outbox, Spacing
 from src.orchestrator.ports import SessionObserver, SpeechFrame, Transport, Utterance, Word

@@ -18,13 +18,14 @@ from src.common.clock import MonotonicClock
 from src.common.livekit_server import LiveKitServer
 from src.demo.room_user import RoomUser, room_user
 from src.orchestrator.asr import AsrSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.metrics import Metrics
 from src.orchestrator.ports import SpeechFrame, SpeechSession, Transcript, Utterance, VoiceRequest
 from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.rooms.tokens import TokenMint
 from src.orchestrator.rooms.transport import RoomTransport
 from src.orchestrator.rooms.visit import RoomAccess, RoomVisit
-from src.orchestrator.session import DuplexSession, DuplexSettings
+from src.orchestrator.session import DuplexSession
 from src.orchestrator.vad import VadSettings, VoiceActivityDetector
 from src.rpc.errors import DuplexError
 from src.rpc.ws_events import SessionStart

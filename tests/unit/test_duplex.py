@@ -6,7 +6,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from src.orchestrator.duplex import (
+from src.orchestrator.duplex import step
+from src.orchestrator.duplex_state import (
     Act,
     Do,
     DuplexState,
@@ -21,7 +22,6 @@ from src.orchestrator.duplex import (
     User,
     Voice,
     Words,
-    step,
 )
 from src.orchestrator.outbox import Outbox
 from src.orchestrator.phrases import joined, same_words

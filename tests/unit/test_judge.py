@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.orchestrator.duplex import DuplexSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.judge import Evidence, Opinion, Verdict, is_back_channel, judge
 
 SETTINGS = DuplexSettings()

@@ -10,10 +10,11 @@ import numpy as np
 
 from src.audio.pcm import FRAME_MS, FRAME_SAMPLES, Int16
 from src.orchestrator.asr import AsrSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.ports import SpeechFrame, VoiceRequest
 from src.orchestrator.rooms.intake import KEEP_MS, Intake
 from src.orchestrator.rooms.transport import RoomTransport
-from src.orchestrator.session import DuplexSession, DuplexSettings
+from src.orchestrator.session import DuplexSession
 from src.rpc.errors import Unavailable
 from src.rpc.ws_events import BargeIn, Error, Flush, Heard, ServerEvent, SessionStarted
 from tests.fakes import (

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from src.audio.pcm import FRAME_SAMPLES
 from src.orchestrator.asr import AsrSettings
+from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.ports import ControlAction, VoiceRequest
-from src.orchestrator.session import DuplexSession, DuplexSettings
+from src.orchestrator.session import DuplexSession
 from src.rpc.errors import DuplexError, Unavailable, UnknownName
 from src.rpc.ws_events import (
     BargeIn,
