@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from src.rpc.errors import UnknownName
 from src.tts.catalog import ROOT, ModelMeta
-from src.tts.config import parser, read_catalog, worker_config
+from src.tts.config import read_catalog, worker_config
 from src.tts.leases import ModelState, ModelStatus
 from src.tts.worker import offered
 
@@ -40,39 +38,6 @@ def test_noise_is_announced_only_where_it_was_loaded(state: ModelState) -> None:
     speech = ModelMeta(model_id="speech", family="sesame")
     assert offered(ModelStatus(noise, state, is_default=False)) is (state is ModelState.RESIDENT)
     assert offered(ModelStatus(speech, state, is_default=False))
-
-
-# --- `just run-tts-sesame` ---
-
-
-def recipe(*arguments: str) -> list[str]:
-    """The worker's flags, as the recipe would run it."""
-    dry = subprocess.run(
-        [str(Path(sys.executable).with_name("just")), "--dry-run", "run-tts-sesame", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    command = dry.stderr.partition("-m src.tts.worker ")[2].partition("'")[0]
-    return command.replace("$device", "cpu").split()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "default", "preload"),
-    [
-        ((), "sesame-csm-1b", None),
-        (("tiny-csm-random", "espeak-en"), "tiny-csm-random", ["espeak-en"]),
-        (("DEFAULT=tiny-csm-random", "PRELOAD=a,b"), "tiny-csm-random", ["a", "b"]),
-    ],
-)
-def test_the_recipe_starts_the_worker_of_the_document(
-    arguments: tuple[str, ...], default: str, preload: list[str] | None
-) -> None:
-    flags = parser().parse_args(recipe(*arguments))
-    assert (flags.adapter, flags.port, flags.default_model) == ("sesame", 7001, default)
-    assert flags.preload_models == preload
-    assert flags.allow_fallback is None, "missing weights or packages are an error here"
 
 
 def test_the_shipped_tiny_model_is_tagged() -> None:
