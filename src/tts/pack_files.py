@@ -138,10 +138,15 @@ def check_checkpoint(path: Path) -> None:
         raise BadFile(f"cannot be loaded: {bad}") from None
     if foreign:
         names = ", ".join(foreign[:_SHOWN]) + (", …" if len(foreign) > _SHOWN else "")
-        raise BadFile(
-            f"holds pickled objects ({names}), so it is not loaded. If you trust its maker: "
-            f"`uv run just voicepack-convert {path} --i-trust-it`"
-        )
+        raise BadFile(pickled_objects(path, names))
+
+
+def pickled_objects(path: Path, names: str = "") -> str:
+    """What is wrong with such a file and how to mend it, after its name."""
+    return (
+        f"holds pickled objects{f' ({names})' if names else ''}, which may run any code, so it is "
+        f"not loaded. If you trust its maker: `uv run just voicepack-convert {path} --i-trust-it`"
+    )
 
 
 def _check_shards(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What torch families share, without torch; with it: tests/families/melo/test_torch_host.py."""
+"""What torch families share, without torch; with it: tests/families/sesame/test_torch_host.py."""
 
 from __future__ import annotations
 

@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.rpc.errors import CorruptModel, InvalidArgument
+from src.rpc.errors import CorruptModel, DuplexError, Internal, InvalidArgument, Unavailable
+from src.tts.pack_files import pickled_objects
 
 # What reading a file raises that was cut short or is something else (bytes changed at random).
 _TORN = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
     AssertionError, struct.error,
 )  # fmt: skip
+_SHORT = 600
 
 
 def check_device(model_id: str, device: str) -> Any:
@@ -55,12 +57,62 @@ def load_plain(model_id: str, path: Path, device: Any = "cpu") -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CorruptModel(
-            f"{model_id}: {path.name} holds pickled objects, which may run any code, so it is not "
-            f"read. If you trust its maker: uv run just voicepack-convert {path}"
-        ) from error
+        raise pickled(model_id, path) from error
     except _TORN as error:
         raise CorruptModel(f"{model_id}: {path.name} cannot be read: {error}") from error
+
+
+def pickled(model_id: str, path: Path) -> CorruptModel:
+    """The refusal of a checkpoint that holds, or may hold, pickled objects."""
+    return CorruptModel(f"{model_id}: {path.name} {pickled_objects(path)}")
+
+
+@contextmanager
+def loading(model_id: str, device: str) -> Iterator[None]:
+    """Around a package's own loader, which raises whatever it likes.
+
+    Raises Unavailable where memory is short, CorruptModel for all else that is wrong with the
+    files; our own errors and a package that is not there pass.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(f"{model_id} does not fit into the memory of {device}") from error
+    except (DuplexError, ImportError):
+        raise
+    except Exception as error:
+        raise CorruptModel(
+            f"{model_id}: its files cannot be read or do not fit each other: {_short(error)}"
+        ) from error
+
+
+@contextmanager
+def speaking(model_id: str) -> Iterator[None]:
+    """Around what a package computes for a text. The text may be in its errors, so that only
+    their kind is told.
+
+    Raises Unavailable where memory is short, Internal for all else but our own errors.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(
+            f"{model_id}: its device ran out of memory while speaking; lower max_streams"
+        ) from error
+    except DuplexError:
+        raise
+    except Exception as error:
+        raise Internal(f"{model_id} failed while speaking ({type(error).__name__})") from error
+
+
+def _short(error: Exception) -> str:
+    """Some packages put a whole model's keys into one message."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:_SHORT]
 
 
 def one_folder(model_id: str, what: str, folder: Path, files: Mapping[str, Path]) -> Path:
@@ -85,8 +137,12 @@ def give_back_memory(device: str) -> None:
 
 @contextmanager
 def well_behaved() -> Iterator[None]:
-    """Around a family's import and load: the root logger and the random generators are afterwards
-    as they were, and nothing asks a hub for files."""
+    """Around a family's import and load: nothing asks a hub for files, the root logger is as it
+    was afterwards, and no generator of random numbers is where the family has seeded it.
+
+    numpy's and Python's are put back. From torch's other sessions may draw meanwhile, and would
+    draw the same numbers twice: where it was seeded, it is seeded anew, by chance.
+    """
     import numpy as np
     import torch
 
@@ -94,7 +150,7 @@ def well_behaved() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn, seed = (random.getstate(), np.random.get_state()), torch.initial_seed()
     try:
         yield
     finally:
@@ -102,7 +158,8 @@ def well_behaved() -> Iterator[None]:
         root.handlers[:] = handlers
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
-        torch.set_rng_state(drawn[2])
+        if torch.initial_seed() != seed:
+            torch.seed()
 
 
 @contextmanager

@@ -13,8 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from src.rpc.errors import CorruptModel, InvalidArgument
-from src.tts.families.torch_host import check_device, load_plain, well_behaved
+from src.rpc.errors import (
+    CorruptModel,
+    DuplexError,
+    Internal,
+    InvalidArgument,
+    Unavailable,
+    UnknownName,
+)
+from src.tts.families.torch_host import (
+    check_device,
+    load_plain,
+    loading,
+    speaking,
+    well_behaved,
+)
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -141,24 +154,33 @@ def drawn() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(1))
 
 
-def test_the_generators_go_on_as_if_nobody_had_reseeded_them() -> None:
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    expected = drawn()
+def test_a_family_that_seeds_leaves_nobody_where_it_seeded_them() -> None:
+    states = random.getstate(), np.random.get_state()
+    expected = drawn()[:2]
     random.setstate(states[0])
     np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
     with well_behaved():
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
-        drawn()
-    assert drawn() == expected
+        after_its_seed = torch.rand(4)
+        torch.manual_seed(1)
+    assert drawn()[:2] == expected
+    assert torch.initial_seed() != 1
+    assert not torch.equal(torch.rand(4), after_its_seed)
+
+
+def test_what_another_session_draws_meanwhile_is_not_drawn_again() -> None:
+    torch.manual_seed(3)
+    with well_behaved():
+        meanwhile = torch.rand(4)
+    assert torch.initial_seed() == 3
+    assert not torch.equal(torch.rand(4), meanwhile)
 
 
 def test_the_root_logger_is_as_before_also_after_an_error() -> None:
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    state = torch.get_rng_state()
 
     def misbehave() -> None:
         root.setLevel(logging.DEBUG + 3)
@@ -169,7 +191,7 @@ def test_the_root_logger_is_as_before_also_after_an_error() -> None:
     with pytest.raises(ValueError, match="planned"), well_behaved():
         misbehave()
     assert (root.level, root.handlers) == (level, handlers)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.initial_seed() != 7
 
 
 def test_handlers_that_were_taken_away_come_back() -> None:
@@ -189,3 +211,41 @@ def test_no_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     with well_behaved():
         assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory: 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes", "says"),
+    [
+        (NO_MEMORY, Unavailable, "m does not fit into the memory of cuda:1"),
+        (KeyError("a.weight"), CorruptModel, "m: its files cannot be read .*KeyError: 'a.weight'"),
+        (RuntimeError("first\nsecond\nthird"), CorruptModel, "RuntimeError: first second$"),
+        (RuntimeError("x" * 5000), CorruptModel, "x{500,600}$"),
+        (UnknownName("no such voice"), UnknownName, "no such voice"),
+        (ModuleNotFoundError("flash_attn"), ModuleNotFoundError, "flash_attn"),
+    ],
+)
+def test_what_a_loader_raises_is_told_in_words(
+    raised: Exception, becomes: type[Exception], says: str
+) -> None:
+    with pytest.raises(becomes, match=says) as told, loading("m", "cuda:1"):
+        raise raised
+    assert told.type is becomes
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes", "says"),
+    [
+        (NO_MEMORY, Unavailable, "m: its device ran out of memory .* lower max_streams"),
+        (ValueError("what the user said"), Internal, r"m failed while speaking \(ValueError\)$"),
+        (InvalidArgument("too long"), InvalidArgument, "too long"),
+    ],
+)
+def test_what_goes_wrong_while_speaking_is_told_without_the_text(
+    raised: Exception, becomes: type[DuplexError], says: str
+) -> None:
+    with pytest.raises(becomes, match=says) as told, speaking("m"):
+        raise raised
+    assert told.type is becomes
