@@ -78,7 +78,7 @@ def loading(model_id: str, device: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise Unavailable(f"{model_id} does not fit into the memory of {device}") from error
     except (DuplexError, ImportError):
         raise
@@ -99,7 +99,7 @@ def speaking(model_id: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise Unavailable(
             f"{model_id}: its device ran out of memory while speaking; lower max_streams"
         ) from error

@@ -213,7 +213,8 @@ def test_no_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
 
 
-NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory: 2.00 GiB")
+# Its name on every torch: from 2.5 on it is torch.OutOfMemoryError, too.
+NO_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory: 2.00 GiB")
 
 
 @pytest.mark.parametrize(
