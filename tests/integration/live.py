@@ -239,10 +239,10 @@ class Talker:
 
 
 @asynccontextmanager
-async def talker(running: Installation, **start: Any) -> AsyncIterator[Talker]:
+async def talker(running: Installation, *, key: str = "", **start: Any) -> AsyncIterator[Talker]:
     """A session that has started and whose user is silent."""
     async with (
-        aiohttp.ClientSession() as http,
+        aiohttp.ClientSession(headers={"X-API-Key": key} if key else None) as http,
         http.ws_connect(f"{running.url}/v1/session") as socket,
     ):
         await socket.send_json({"type": "session.start", **start})

@@ -219,6 +219,22 @@ def test_every_service_is_confined(compose: dict[str, Service]) -> None:
         assert all(bind.endswith(":ro") for bind in binds), binds
 
 
+def test_nothing_is_written_into_a_read_only_container(compose: dict[str, Service]) -> None:
+    """Compose refuses: "`file` is the sole supported option" (docker/compose#12031)."""
+    document = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
+    for kind in ("configs", "secrets"):
+        inline = {n for n, one in document.get(kind, {}).items() if "file" not in one}
+        for service in compose.values():
+            assert not inline & {one["source"] for one in service.raw.get(kind, [])}
+
+
+def test_every_service_says_whether_it_is_well(compose: dict[str, Service]) -> None:
+    for service in compose.values():
+        health = service.raw["healthcheck"]
+        assert health["start_period"]
+        assert service.health_test or service.name in OURS, "our images bring the command"
+
+
 def test_voice_packs_are_read_only_where_the_catalog_looks(compose: dict[str, Service]) -> None:
     assert "./voicepacks:/app/voicepacks:ro" in compose["tts0"].raw["volumes"]
     assert "./voicepacks:/app/voicepacks:ro" in compose["tts-gpu"].raw["volumes"]
@@ -429,7 +445,7 @@ def test_the_board_asks_for_metrics_that_there_are(metrics: dict[str, set[str]])
 def test_every_metric_of_ours_is_on_the_board(metrics: dict[str, set[str]]) -> None:
     shown = " ".join(expression for expression, _ in expressions())
     ours = {
-        re.sub(r"_(bucket|sum|count)$", "_bucket", m)
+        re.sub(r"_(bucket|sum|count)$", "_", m)
         for m in metrics
         if m.startswith(("duplex_", "tts_"))
     }
@@ -447,8 +463,44 @@ def test_prometheus_asks_every_worker_at_its_port(compose: dict[str, Service]) -
         command = compose[name].command
         assert command[command.index("--metrics_port") + 1] == str(workers["port"])
     assert f"--metrics_port {workers['port']} " in (ROOT / "deploy/cosyvoice-worker.sh").read_text()
-    [key] = compose["prometheus"].raw["configs"]
-    assert jobs["orchestrator"]["authorization"]["credentials_file"] == key["target"]
+    key = jobs["orchestrator"]["authorization"]["credentials_file"]
+    prometheus = compose["prometheus"]
+    assert f'printf %s "$METRICS_API_KEY" >{key};' in prometheus.raw["entrypoint"][2]
+    given = services(COMPOSE, {**environment(), "DUPLEX_API_KEY": "one"})["prometheus"].environment
+    assert given == {"METRICS_API_KEY": "one"}
+
+
+def test_grafana_finds_its_source_and_its_board(compose: dict[str, Service]) -> None:
+    """What its provisioning needs: https://grafana.com/docs/grafana/latest/administration/provisioning."""
+    folder = BOARD.parents[1] / "provisioning"
+    sources = yaml.safe_load((folder / "datasources/prometheus.yml").read_text(encoding="utf-8"))
+    boards = yaml.safe_load((folder / "dashboards/boards.yml").read_text(encoding="utf-8"))
+    assert sources["apiVersion"] == boards["apiVersion"] == 1
+    [source], [provider] = sources["datasources"], boards["providers"]
+    assert (source["type"], source["access"]) == ("prometheus", "proxy")
+    assert source["url"] == "http://prometheus:9090"
+    assert provider["type"] == "file"
+
+    mounted = {v.split(":")[1]: v.split(":")[0] for v in compose["grafana"].raw["volumes"]}
+    assert ROOT / mounted["/etc/grafana/provisioning"] == folder
+    assert ROOT / mounted[provider["options"]["path"]] == BOARD.parent
+    home = compose["grafana"].environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{provider['options']['path']}/{BOARD.name}"
+
+    board = json.loads(BOARD.read_text(encoding="utf-8"))
+    assert board["uid"]
+    assert board["title"]
+    assert "id" not in board, "Grafana gives one, and refuses another's"
+    asked = [
+        one
+        for p in board["panels"]
+        for one in (p, *p.get("targets", []))
+        if "row" not in p.values()
+    ]
+    assert {(one["datasource"]["type"], one["datasource"]["uid"]) for one in asked} == {
+        (source["type"], source["uid"])
+    }
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
 # --- variables in the compose file ---
