@@ -219,35 +219,17 @@ def test_its_sources_are_found_by_spark_home(
         return None if name == "sparktts" else importlib.machinery.ModuleSpec(name, None)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.delitem(sys.modules, "sparktts", raising=False)
     for home in ("", str(tmp_path)):
         monkeypatch.setenv("SPARK_HOME", home)
-        with pytest.raises(MissingPackage, match="checkout 2f1ea90 && export SPARK_HOME"):
+        with pytest.raises(MissingPackage, match="checkout 2f1ea90 && export SPARK_HOME") as error:
             SparkTtsAdapter().check_installed()
+        looked = f"no sparktts/models/bicodec.py in {tmp_path}, which SPARK_HOME names"
+        assert (looked in str(error.value)) is bool(home)
     models = tmp_path / "sparktts" / "models"
     models.mkdir(parents=True)
     (models / "bicodec.py").touch()
     SparkTtsAdapter().check_installed()
-
-
-def test_only_the_package_of_its_sources_can_be_imported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A checkout has a `src` and a `cli` beside it."""
-    from src.tts.families.spark.pack import use_sources
-
-    models = tmp_path / "sparktts" / "models"
-    models.mkdir(parents=True)
-    (models / "bicodec.py").write_text("HERE = True")
-    monkeypatch.setenv("SPARK_HOME", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "sparktts", raising=False)
-    path = list(sys.path)
-    use_sources()
-    try:
-        assert importlib.import_module("sparktts.models.bicodec").HERE
-        assert sys.path == path
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "sparktts"]:
-            del sys.modules[name]
 
 
 def test_a_setting_that_nobody_knows_is_refused_before_anything_is_read(

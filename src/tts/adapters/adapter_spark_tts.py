@@ -22,7 +22,7 @@ from src.tts.families.spark.pack import (
 from src.tts.families.spark.speech import CONTROLLABLE, SESSION, SETTINGS, SparkTtsModel, Voicing
 from src.tts.families.spark.voices import encode_voices
 from src.tts.families.spark.windows import WindowPlan
-from src.tts.families.torch_host import check_device, quiet_transformers, well_behaved
+from src.tts.families.torch_host import check_device, loading, quiet_transformers, well_behaved
 from src.tts.recordings import Reference, Transcripts, read_references
 from src.tts.tts_base import AdapterCapabilities
 
@@ -63,7 +63,7 @@ class SparkTtsAdapter:
         folder = pack_folder(meta.model_id, files)
         references = _references(meta, files)
         rate, hop = samples_per_code(meta.model_id, folder)
-        with well_behaved(), quiet_transformers():
+        with well_behaved(), quiet_transformers(), loading(meta.model_id, device):
             bicodec = load_bicodec(meta.model_id, folder, place)
             progress(0.2)
             recorded = {name: each for name, each in references.items() if each is not None}

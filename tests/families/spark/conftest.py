@@ -20,11 +20,11 @@ collect_ignore_glob = left_out_without(
     "torch", "torchaudio", "transformers", "omegaconf", "einops", "einx"
 )
 if not collect_ignore_glob:
-    from src.tts.families.spark.pack import sources, use_sources
+    from src.tts.families.spark.pack import SOURCE
 
     # Not a package: its tests run where a checkout is named.
-    collect_ignore_glob = [] if sources() else ["test_*.py"]
-    use_sources()
+    collect_ignore_glob = [] if SOURCE.find() else ["test_*.py"]
+    SOURCE.offer()
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from src.rpc.errors import Internal, InvalidArgument, UnknownName
+from src.rpc.errors import Internal, InvalidArgument, Unavailable, UnknownName
 from src.tts.families.spark import llm as spark_llm
 from src.tts.families.spark.prompts import most_tokens
 from src.tts.families.spark.speech import CONTROLLABLE, SparkTtsModel
 from src.tts.families.spark.windows import Windows
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.oracles import assert_frames_hold_all
-from tests.families.spark.talk import GREEDY, TEXT, chunks, files_of, load, sound
+from tests.families.spark.talk import (
+    GREEDY,
+    TEXT,
+    chunks,
+    files_of,
+    load,
+    sound,
+    without_memory,
+)
 from tests.families.spark.tiny import N_GLOBAL, make_tiny_pack
 
 VOICES = ("default", "anna", CONTROLLABLE)
@@ -312,13 +320,26 @@ def test_segments_are_taken_when_they_are_wanted(model: SparkTtsModel) -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("where", ["draw", "decode"])
-def test_an_error_in_the_family_is_told_at_once(
-    model: SparkTtsModel, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("planned")
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("planned")
 
+
+@pytest.mark.parametrize("where", ["draw", "decode"])
+@pytest.mark.parametrize(
+    ("fail", "kind", "words"),
+    [
+        (fail, Internal, r"failed while speaking \(RuntimeError\)$"),
+        (without_memory, Unavailable, "out of memory while speaking"),
+    ],
+)
+def test_an_error_in_the_family_is_told_at_once_and_without_the_text(
+    model: SparkTtsModel,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    fail: Callable[..., None],
+    kind: type[Exception],
+    words: str,
+) -> None:
     _, voicing = model._parts  # type: ignore[misc]
     if where == "draw":
         monkeypatch.setattr(spark_llm, "pick", fail)
@@ -326,7 +347,7 @@ def test_an_error_in_the_family_is_told_at_once(
         monkeypatch.setattr(voicing.bicodec, "detokenize", fail)
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(sound, model)
-        with pytest.raises(Internal, match=r"spark-tts-tiny could not speak.*planned"):
+        with pytest.raises(kind, match=f"spark-tts-tiny.*{words}"):
             future.result(20)
     monkeypatch.undo()
     assert sound(model, SHORT).size

@@ -7,20 +7,17 @@ file elsewhere that a configuration points to.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from src.rpc.errors import CorruptModel, Unavailable
+from src.rpc.errors import CorruptModel
+from src.tts.families.checkout import Source
 from src.tts.families.settings import require_modules
 from src.tts.families.spark.llm import SpeechLlm
 from src.tts.families.spark.prompts import TOKENS_PER_SECOND, read_vocabulary
-from src.tts.families.torch_host import one_folder
+from src.tts.families.torch_host import loading, one_folder, pickled
 from src.tts.tts_base import MissingPackage
 
 FAMILY = "spark_tts"
@@ -32,6 +29,9 @@ INSTALL = (
 )
 DOWNLOAD = "hf download SparkAudio/Spark-TTS-0.5B --local-dir {folder}"
 MODULES = ("torch", "torchaudio", "transformers", "omegaconf", "einops", "einx", "safetensors")
+
+SOURCE = Source("SPARK_HOME", "sparktts", mark="models/bicodec.py")
+_MARK = f"{SOURCE.package}/{SOURCE.mark}"
 
 WAV2VEC2 = "wav2vec2-large-xlsr-53"
 _FILES = (
@@ -45,23 +45,11 @@ _DERIVED = {"mel_transformer.spectrogram.window", "mel_transformer.mel_scale.fb"
 def check_installed() -> None:
     """Raises MissingPackage, with what to install and clone."""
     require_modules(FAMILY, MODULES, INSTALL)
-    if sources() is None and importlib.util.find_spec("sparktts") is None:
-        raise MissingPackage(FAMILY, INSTALL)
-
-
-def sources() -> Path | None:
-    """The checkout's folder `sparktts`, where SPARK_HOME names a checkout."""
-    folder = Path(os.environ.get("SPARK_HOME", ""), "sparktts")
-    return folder if (folder / "models" / "bicodec.py").is_file() else None
-
-
-def use_sources() -> None:
-    """Make `sparktts` importable, and nothing else: the checkout has a `src` and a `cli` too."""
-    folder = sources()
-    if folder is not None and "sparktts" not in sys.modules:
-        package = ModuleType("sparktts")
-        package.__path__ = [str(folder)]
-        sys.modules["sparktts"] = package
+    if SOURCE.find() is None:
+        home = os.environ.get(SOURCE.variable)
+        # Who has cloned it already needs another path, not another clone.
+        wrong = f"; there is no {_MARK} in {home}, which {SOURCE.variable} names" if home else ""
+        raise MissingPackage(FAMILY, INSTALL + wrong)
 
 
 def pack_folder(model_id: str, files: Mapping[str, Path]) -> Path:
@@ -74,10 +62,7 @@ def pack_folder(model_id: str, files: Mapping[str, Path]) -> Path:
             "docs/families/spark_tts.md says more"
         )
     if "LLM/pytorch_model.bin" in files and "LLM/model.safetensors" not in files:
-        raise CorruptModel(
-            f"{model_id}: LLM/pytorch_model.bin may hold pickled objects, so it is not read; "
-            f"convert it: uv run just voicepack-convert {files['LLM/pytorch_model.bin']}"
-        )
+        raise pickled(model_id, files["LLM/pytorch_model.bin"])
     require_files(model_id, files, _FILES)
     return one_folder(model_id, "a Spark-TTS model", files["config.yaml"].parent, files)
 
@@ -106,7 +91,7 @@ def read_yaml(model_id: str, folder: Path, name: str) -> dict[str, Any]:
 def load_bicodec(model_id: str, folder: Path, device: Any) -> Any:
     """The package's BiCodec, complete. Raises CorruptModel with the tensors that are wrong."""
     read_yaml(model_id, folder, "BiCodec/config.yaml")
-    use_sources()
+    SOURCE.offer()
     from sparktts.models.bicodec import BiCodec
 
     class Complete(BiCodec):  # type: ignore[misc]
@@ -121,7 +106,7 @@ def load_bicodec(model_id: str, folder: Path, device: Any) -> Any:
             # Nothing is left for the package to print.
             return [], []
 
-    with refused_as(f"{model_id}: BiCodec"):
+    with loading(f"{model_id}: BiCodec", str(device)):
         return Complete.load_from_checkpoint(folder / "BiCodec").to(device).eval()
 
 
@@ -134,7 +119,7 @@ def load_llm(model_id: str, folder: Path, device: Any, dtype: str, bicodec: Any)
         # The pack is saved in bfloat16, in which most processors compute slower and all rougher.
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     where = {"local_files_only": True, "trust_remote_code": False}
-    with refused_as(f"{model_id}: LLM"):
+    with loading(f"{model_id}: LLM", str(device)):
         tokenizer = AutoTokenizer.from_pretrained(folder / "LLM", **where)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder / "LLM",
@@ -174,21 +159,6 @@ def samples_per_code(model_id: str, folder: Path) -> tuple[int, int]:
             f"Spark-TTS says {TOKENS_PER_SECOND} codes a second"
         )
     return rate, hop
-
-
-@contextmanager
-def refused_as(what: str) -> Iterator[None]:
-    """What a package raises while it reads weights: CorruptModel, or Unavailable without memory."""
-    import torch
-
-    try:
-        yield
-    except CorruptModel:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(f"{what} does not fit into the device's memory") from error
-    except Exception as error:
-        raise CorruptModel(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _named(missing: Iterable[str], unexpected: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.rpc.errors import DuplexError, Internal, InvalidArgument
+from src.rpc.errors import Internal, InvalidArgument
 from src.tts.families.settings import (
     Choice,
     Range,
@@ -35,7 +34,7 @@ from src.tts.families.spark.prompts import (
     style_prompt,
 )
 from src.tts.families.spark.windows import WindowPlan, Windows
-from src.tts.families.torch_host import give_back_memory
+from src.tts.families.torch_host import give_back_memory, speaking
 from src.tts.paced_words import PacedWords, WordPace
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 
@@ -177,7 +176,7 @@ class SparkTtsModel:
         give_back_memory(self._device)
 
     def _say(self, text: str, speaker: _Speaker, cancel: CancelToken) -> Iterator[Float32]:
-        with self._failing():
+        with speaking(self._model_id):
             for piece in pieces(text):
                 llm, voicing = self._loaded()
                 windows, said, most = voicing.windows(speaker.global_codes), 0, most_tokens(piece)
@@ -215,7 +214,7 @@ class SparkTtsModel:
         def draw() -> str:
             return llm.opening(first, sampling, llm.generator(seed), cancel)
 
-        with self._failing():
+        with speaking(self._model_id):
             # The same settings are the same voice, in every sentence and for every session.
             opening = self._openings.get((style, sampling, seed), draw)
             return _Speaker(
@@ -229,18 +228,6 @@ class SparkTtsModel:
         if self._parts is None:
             raise Internal(f"{self._model_id} is unloaded")
         return self._parts
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Around the family's own steps: what they raise, typed."""
-        try:
-            yield
-        except DuplexError:
-            raise
-        except Exception as error:
-            raise Internal(
-                f"{self._model_id} could not speak a segment: {type(error).__name__}: {error}"
-            ) from error
 
 
 def _written(value: Any) -> str:

@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from src.rpc.errors import CorruptModel
-from src.tts.families.spark.pack import (
-    WAV2VEC2,
-    read_yaml,
-    refused_as,
-    require_files,
-    use_sources,
-)
+from src.tts.families.spark.pack import SOURCE, WAV2VEC2, read_yaml, require_files
 from src.tts.families.spark.prompts import ClonedVoice
-from src.tts.families.torch_host import give_back_memory, load_plain
+from src.tts.families.torch_host import give_back_memory, load_plain, loading
 from src.tts.recordings import Reference, read_recording
 
 _CONFIGS = (f"{WAV2VEC2}/config.json", f"{WAV2VEC2}/preprocessor_config.json")
@@ -65,7 +59,7 @@ def _encoder(
     """The package's `BiCodecTokenizer.tokenize`, for samples instead of a file."""
     import torch
 
-    use_sources()
+    SOURCE.offer()
     from sparktts.models.audio_tokenizer import BiCodecTokenizer
     from sparktts.utils.audio import audio_volume_normalize
 
@@ -96,7 +90,7 @@ def _wav2vec2(
     weights = next((name for name in _WEIGHTS if name in files), _WEIGHTS[1])
     require_files(model_id, files, (*_CONFIGS, weights))
     state = _state(model_id, files[weights])
-    with refused_as(f"{model_id}: {WAV2VEC2}"):
+    with loading(f"{model_id}: {WAV2VEC2}", str(device)):
         processor = Wav2Vec2FeatureExtractor.from_pretrained(folder / WAV2VEC2)
         config = Wav2Vec2Config.from_pretrained(folder / WAV2VEC2, output_hidden_states=True)
         model, info = Wav2Vec2Model.from_pretrained(
@@ -117,5 +111,5 @@ def _state(model_id: str, path: Path) -> Any:
         return load_plain(model_id, path)
     from safetensors.torch import load_file
 
-    with refused_as(f"{model_id}: {WAV2VEC2}/{path.name}"):
+    with loading(f"{model_id}: {WAV2VEC2}/{path.name}", "cpu"):
         return load_file(path)
