@@ -3,7 +3,7 @@
 `just images-check`: the default services of docker-compose.yml by its own settings, on stand-in
 bases made by debootstrap, and a spoken question through the command-line client. Needs root and
 {tools}; takes ten minutes and 6 GB.
-Leaves nothing behind and writes nothing into the repository.
+Leaves nothing behind, writes nothing into the repository, and runs once at a time on a machine.
 It proves the Dockerfiles' steps, the lock on that Python, and every setting the services run with.
 It proves nothing about CUDA, about the bases of a registry, or about published ports.
 """
@@ -11,7 +11,6 @@ It proves nothing about CUDA, about the bases of a registry, or about published 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import secrets
@@ -20,36 +19,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 from rich.console import Console
 from rich.table import Table
 
 from scripts import images_engine as engine
+from scripts import images_family as family
 from scripts.compose_file import ComposeError, Service, read_env_file, services
 from scripts.images_engine import ROOT, Bases, Container, EngineError, Network
-from src.audio.pcm import level_dbfs
+from scripts.images_turn import AUDIBLE_DBFS, Failed, judge, speak_question
 from src.common.livekit_server import LiveKitUnavailable, find_binary
 from src.demo.play import QUESTION
-from src.demo.recording import MIC_RATE
-from src.demo.user_voice import speak_lines
-from src.demo.wer import word_errors
 
-VOICE = "piper-en-joe"
 READY_S = 180.0
-MAX_WER = 0.35
-AUDIBLE_DBFS = -50.0
 COSYVOICE = "tts-cosyvoice"
+COSYVOICES_TESTS = "tests/integration/test_cosyvoice.py"
 COSYVOICE_URLS = {"COSYVOICE_URL": "https://github.com/FunAudioLLM/CosyVoice",
                   "MATCHA_URL": "https://github.com/shivammehta25/Matcha-TTS"}  # fmt: skip
-
-
-class Failed(Exception):
-    """Something that users would run does not do what it should."""
 
 
 @dataclass
@@ -241,10 +231,33 @@ class Check:
         self._say(f"understood: {self.findings.turn['understood']}")
         self._say(f"answered:   {self.findings.turn['answered']}")
 
-    # --- CosyVoice's image ---
+    # --- other families' images ---
 
-    def cosyvoice(self) -> None:
-        """Builds it and imports what it is for; without a pack it must say what is missing."""
+    def family(self, extra: str) -> None:
+        """Dockerfile.tts with an extra: built, started without a GPU, and spoken to."""
+        packs = self._folder / f"packs-{extra}"
+        worker = family.service_for(extra, self._env, packs)
+        both = (self.all["redis"], worker)
+        images = {one.name: self.build(one, {}, []) for one in both}
+        family.make_pack(extra, images[worker.name], packs)
+        network = Network(images["redis"], list(images), self._folder / f"hosts-{extra}")
+        network.open()
+        running = {one.name: Container(one, network) for one in both}
+        for name, container in running.items():
+            self._start(container, images[name])
+        self._is_confined(running[worker.name])
+        told = family.speak(network.inside, extra)
+        self._say(f"{worker.name}: first sound after {told['first_ms']:.0f} ms, {told}")
+        if told["dbfs"] < AUDIBLE_DBFS:
+            raise Failed(f"{worker.name} is silent: {told}")
+        for container in reversed(running.values()):
+            self._stop(container)
+
+    def cosyvoice(self, *, tests: bool) -> None:
+        """Builds it and imports what it is for; without a pack it must say what is missing.
+
+        `tests`: its tests' image too, and the tests in it.
+        """
         urls, mounts = dict(COSYVOICE_URLS), []
         for name in urls:
             if given := os.environ.get(name):
@@ -270,27 +283,16 @@ class Check:
             self._say(f"{COSYVOICE}: says that the voice pack is missing")
         else:
             raise Failed(f"{COSYVOICE} started without a voice pack")
+        if tests:
+            self._cosyvoices_tests(urls, mounts)
 
-
-def judge(events: list[dict[str, Any]], reply: Path) -> dict[str, Any]:
-    """The turn as it was. Raises Failed when it was none."""
-    finals = [e["text"] for e in events if e["type"] == "transcript" and e["final"]]
-    understood = " ".join(finals)
-    if word_errors(QUESTION, understood).rate > MAX_WER:
-        raise Failed(f"asked {QUESTION!r}, understood {understood!r}")
-    answered = "".join(e["text"] for e in events if e["type"] == "reply.text").strip()
-    samples, rate = soundfile.read(reply, dtype="int16")
-    if not answered or level_dbfs(samples) < AUDIBLE_DBFS:
-        raise Failed(f"the reply is {answered!r} at {level_dbfs(samples):.0f} dBFS")
-    latency = next((e for e in events if e["type"] == "latency"), None)
-    if latency is None:
-        raise Failed("no latency was told of the turn")
-    return {
-        "understood": understood,
-        "answered": answered,
-        "first_audio_ms": latency["first_audio_ms"],
-        "reply_s": round(len(samples) / rate, 1),
-    }
+    def _cosyvoices_tests(self, urls: dict[str, str], mounts: list[Path]) -> None:
+        service = services(ROOT / "docker-compose.yml", {**self._env, "COSYVOICE_TARGET": "tests"})
+        named = replace(service[COSYVOICE], name=f"{COSYVOICE}-tests")
+        image = self.build(named, urls, mounts)
+        flags = ["--read-only", "--tmpfs", "/cache", "--tmpfs", "/tmp"]  # noqa: S108 - in there
+        told = engine.run_once(image, flags, "pytest", "-p", "no:cacheprovider", COSYVOICES_TESTS)
+        self._say(f"{named.name}: {told.strip().splitlines()[-1]}")
 
 
 def show(console: Console, findings: Findings) -> None:
@@ -305,13 +307,6 @@ def show(console: Console, findings: Findings) -> None:
         console.print(
             f"first audio of the reply {findings.turn['first_audio_ms']} ms after the question"
         )
-
-
-def speak_question(path: Path) -> None:
-    """Inside the containers' network: the question, in the worker's own voice."""
-    [clip] = asyncio.run(speak_lines("127.0.0.1:7001", [QUESTION], VOICE))
-    # A moment of silence: nobody begins to speak in the first instant of a call.
-    soundfile.write(path, np.concatenate([np.zeros(MIC_RATE, np.int16), clip]), MIC_RATE)
 
 
 def livekit_binary() -> Path | None:
@@ -335,7 +330,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--llm", action="store_true", help="the profile llm too: it answers instead of the echo"
     )
-    parser.add_argument("--only_cosyvoice", action="store_true", help="and nothing else")
+    parser.add_argument(
+        "--cosyvoice_tests", action="store_true", help="and its tests in their own image"
+    )
+    parser.add_argument(
+        "--extra",
+        action="append",
+        choices=sorted(family.TINY),
+        default=[],
+        help="Dockerfile.tts with this family too, speaking out of a small random pack (9 GB each)",
+    )
+    parser.add_argument(
+        "--only", action="store_true", help="nothing but what --cosyvoice and --extra ask for"
+    )
     parser.add_argument("--keep", action="store_true", help="leave images for a look at them")
     parser.add_argument("--reuse", action="store_true", help="build nothing that --keep has left")
     parser.add_argument("--speak_into", type=Path, help=argparse.SUPPRESS)
@@ -349,15 +356,21 @@ def check(console: Console, args: argparse.Namespace) -> None:
         progress.say("no livekit-server on this machine: left out (`just livekit-server`)")
     with tempfile.TemporaryDirectory(prefix="duplex-check-") as folder:
         run = Check(progress, Path(folder), livekit=livekit, reuse=args.reuse, llm=args.llm)
-        engine.tidy(run.bases, keep_images=True)
         try:
-            if not args.only_cosyvoice:
-                run.run()
-            if args.cosyvoice or args.only_cosyvoice:
-                run.cosyvoice()
+            for part in parts(run, args):
+                engine.tidy(run.bases, keep_images=True)
+                part()
         finally:
             engine.tidy(run.bases, keep_images=args.keep)
             show(console, run.findings)
+
+
+def parts(run: Check, args: argparse.Namespace) -> list[Callable[[], None]]:
+    wanted: list[Callable[[], None]] = [] if args.only else [run.run]
+    wanted += [partial(run.family, extra) for extra in args.extra]
+    if args.cosyvoice or args.cosyvoice_tests:
+        wanted.append(partial(run.cosyvoice, tests=args.cosyvoice_tests))
+    return wanted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -372,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     console = Console(soft_wrap=True)
     try:
-        check(console, args)
+        with engine.alone():
+            check(console, args)
     except (Failed, EngineError, ComposeError) as error:
         console.print(f"[bold red]✗[/] {error}", markup=True)
         return 1

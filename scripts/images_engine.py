@@ -7,11 +7,13 @@ loopback; every service is its own name there, and the machine's ports stay free
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ PREFIX = "localhost/duplex-check"
 SCRATCH = Path("/var/tmp/duplex-check")  # noqa: S108 - root only, and removed at the end
 NAMES = "duplex-check-"
 HOLDER = f"{NAMES}network"
+LOCK = Path("/run/duplex-check.lock")
 MIRRORS = {
     "bookworm": "http://deb.debian.org/debian",
     "jammy": "http://archive.ubuntu.com/ubuntu",
@@ -74,6 +77,28 @@ def run_once(image: str, flags: Sequence[str], *command: str) -> str:
     """stdout of a container that ends by itself. Raises EngineError when it ends badly."""
     fixed = ["--rm", "--network", "none", "--health-interval", "disable", *_ULIMITS]
     return podman("run", *fixed, *flags, image, *command)
+
+
+@contextmanager
+def alone(lock: Path | None = None) -> Iterator[None]:
+    """One run at a time: each clears away whatever carries our names.
+
+    Raises EngineError that names the process of the other. The lock goes with the process.
+    """
+    with (lock or LOCK).open("a+", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            other = held.read().strip()
+            raise EngineError(
+                f"another images-check is running (process {other}), with containers and images "
+                "of the same names: wait for its end, or stop it"
+            ) from None
+        held.truncate(0)
+        held.write(str(os.getpid()))
+        held.flush()
+        yield
 
 
 @dataclass
@@ -135,7 +160,7 @@ class Bases:
         SCRATCH.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
             root = Path(folder, "root")
-            call([*_debootstrap(release), str(root), MIRRORS[release]])
+            call(_debootstrap(release, root))
             _trust_as_here(root)
             changes = [f"ENV {name}={_CA_BUNDLE}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
             options = [part for change in changes for part in ("-c", change)]
@@ -149,14 +174,16 @@ class Bases:
         return tag in self.made or (self.reuse and exists(tag))
 
 
-def _debootstrap(release: str) -> list[str]:
+def _debootstrap(release: str, root: Path) -> list[str]:
     argv = ["nice", "-n", "15", "debootstrap", "--variant=minbase", "--include=ca-certificates"]
-    if "ubuntu" in MIRRORS[release]:
-        keyring = _KEYRINGS / "ubuntu-archive-keyring.gpg"
-        # A base that is thrown away an hour later; without the keyring it is good for that only.
-        argv.append(f"--keyring={keyring}" if keyring.is_file() else "--no-check-gpg")
-        argv.append("--components=main,universe")
-    return [*argv, release]
+    if "ubuntu" not in MIRRORS[release]:
+        return [*argv, release, str(root), MIRRORS[release]]
+    keyring = _KEYRINGS / "ubuntu-archive-keyring.gpg"
+    # A base that is thrown away an hour later; without the keyring it is good for that only.
+    argv.append(f"--keyring={keyring}" if keyring.is_file() else "--no-check-gpg")
+    argv.append("--components=main,universe")
+    # Debian's debootstrap has no script by the name of a later Ubuntu; theirs are all this one.
+    return [*argv, release, str(root), MIRRORS[release], "gutsy"]
 
 
 def _trust_as_here(root: Path) -> None:
