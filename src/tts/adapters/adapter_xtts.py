@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from src.tts.families.settings import (
     read_settings,
     require_modules,
 )
-from src.tts.families.torch_host import give_back_memory
+from src.tts.families.torch_host import give_back_memory, speaking
 from src.tts.families.xtts.loading import Loaded, open_model
 from src.tts.families.xtts.stream import speak
 from src.tts.families.xtts.text import Piece, check_extras, speaks
@@ -69,13 +68,16 @@ class XttsAdapter:
         read_settings(_VOICE, defaults)
         loaded = open_model(meta, files, device, progress)
         progress(1.0)
-        return XttsModel(loaded, defaults, int(engine["max_streams"]))
+        return XttsModel(meta.model_id, loaded, defaults, int(engine["max_streams"]))
 
 
 class XttsModel:
     """One set of weights; every piece of text is spoken through a view of it."""
 
-    def __init__(self, loaded: Loaded, defaults: Mapping[str, str], max_streams: int) -> None:
+    def __init__(
+        self, model_id: str, loaded: Loaded, defaults: Mapping[str, str], max_streams: int
+    ) -> None:
+        self._model_id = model_id
         self._loaded = loaded
         self._defaults = dict(defaults)
         self._paces = {name: WordPace() for name in loaded.voices}
@@ -126,7 +128,7 @@ class XttsModel:
         sampling: dict[str, Any] = {**settings, "top_k": int(settings["top_k"])}
         voice = self._loaded.voices[spec.voice]
         sound = speak(self._loaded.model, piece, spec.language, voice, sampling, cancel)
-        with closing(sound):  # type: ignore[type-var]
+        with speaking(self._model_id):
             for samples in sound:
                 yield PcmChunk(samples, words.push(samples))
         if not cancel.cancelled and (left := words.end()):

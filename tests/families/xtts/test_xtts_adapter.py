@@ -286,7 +286,9 @@ def test_an_error_in_the_package_reaches_the_listener(
         raise RuntimeError("said: " + TEXT)
 
     monkeypatch.setattr(type(model._loaded.model.gpt), "get_generator", broken)
-    with pytest.raises(Internal, match=r"xtts failed while speaking \(RuntimeError\)") as error:
+    with pytest.raises(
+        Internal, match=r"^xtts-tiny failed while speaking \(RuntimeError\)$"
+    ) as error:
         chunks(model, TEXT)
     assert TEXT not in error.value.message
 
@@ -307,15 +309,28 @@ def test_sound_that_is_no_number_is_an_error_and_the_next_stream_speaks(model: X
     assert said(model, TEXT).size
 
 
-def test_short_memory_says_what_to_lower(model: XttsModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("codes", [0, CHUNKS[0] + 2])
+def test_short_memory_says_what_to_lower(
+    model: XttsModel, monkeypatch: pytest.MonkeyPatch, codes: int
+) -> None:
+    """At the first code, and in the middle of a text; what was made before is heard."""
     import torch
 
-    def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError
+    inference = type(model._loaded.model.gpt.gpt_inference)
+    forward, left = inference.forward, codes
 
-    monkeypatch.setattr(type(model._loaded.model.gpt), "get_generator", full)
-    with pytest.raises(Unavailable, match="max_streams"):
-        chunks(model, TEXT)
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory: 2.00 GiB")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(inference, "forward", full)
+    heard: list[PcmChunk] = []
+    with pytest.raises(Unavailable, match=r"^xtts-tiny: .*memory while speaking; .*max_streams"):
+        heard.extend(model.stream([Segment(TEXT, 0)], spec(), CancelToken()))
+    assert len(heard) == (codes > 0)
 
 
 # --- languages ---

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
+from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable, UnknownName
 from src.tts.families.xtts.pack import plain_checkpoint
 from tests.families.xtts.tiny import files_of, load, make_tiny_pack, said, spec
 
@@ -168,7 +168,10 @@ def _pickled_presets(pack: Path) -> None:
         (lambda pack: put(pack / "config.json", "[1]"), "config.json cannot be read"),
         (_wrong_model, "not the configuration of an XTTS-v2"),
         (_wrong_size, r"do not fit each other.*gpt\.gpt\.h\.2"),
-        (lambda pack: put(pack / "vocab.json", "{}"), "do not fit each other or are damaged"),
+        (
+            lambda pack: put(pack / "vocab.json", "{}"),
+            "xtts-tiny: its files .* do not fit each other",
+        ),
         (_cut_off, "model.pth cannot be read"),
         (lambda pack: put(pack / "model.pth", b"not at all"), "model.pth"),
         (lambda pack: saved(pack / "model.pth", [1, 2]), "no checkpoint of XTTS"),
@@ -190,6 +193,23 @@ def test_a_gpu_that_is_not_there_is_refused(tiny_pack: Path) -> None:
 
     with pytest.raises(InvalidArgument, match="this machine"):
         load(files_of(tiny_pack), device=f"cuda:{torch.cuda.device_count()}")
+
+
+@pytest.mark.parametrize("when", ["load_checkpoint", "to", "get_gpt_cond_latents"])
+def test_a_device_without_room_for_it_is_said_so(
+    pack: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """While its weights are read, while they are moved, and while a recording is listened to."""
+    import torch
+    from TTS.tts.models.xtts import Xtts
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory: 2.00 GiB")
+
+    recording(pack, "seed.wav")
+    monkeypatch.setattr(Xtts, when, full)
+    with pytest.raises(Unavailable, match="xtts-tiny does not fit into the memory of cpu"):
+        load(files_of(pack))
 
 
 @pytest.mark.parametrize(
@@ -315,13 +335,13 @@ def test_what_makes_no_voice_is_refused_before_the_weights_are_read(
 # --- manners ---
 
 
-def test_loading_leaves_the_generators_and_the_root_logger_alone(tiny_pack: Path) -> None:
+def test_loading_seeds_no_generator_and_leaves_the_root_logger_alone(tiny_pack: Path) -> None:
     import torch
 
     def state() -> tuple[Any, ...]:
         root = logging.getLogger()
         drawn = (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
-        return (*drawn, torch.get_rng_state().tolist(), root.level, list(root.handlers))
+        return (*drawn, torch.initial_seed(), root.level, list(root.handlers))
 
     before = state()
     load(files_of(tiny_pack))

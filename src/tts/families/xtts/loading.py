@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.rpc.errors import CorruptModel, Unavailable, UnknownName
+from src.rpc.errors import CorruptModel, UnknownName
 from src.tts.catalog import ModelMeta
 from src.tts.families.settings import match_language
-from src.tts.families.torch_host import check_device, load_plain, well_behaved
+from src.tts.families.torch_host import check_device, load_plain, loading, well_behaved
 from src.tts.families.xtts.pack import (
     PRESETS,
     needed_files,
@@ -55,7 +55,7 @@ def open_model(
     config_file, checkpoint, vocabulary = needed_files(meta.model_id, files)
     place = check_device(meta.model_id, device)
     recordings = _recordings(meta, files)
-    with well_behaved():
+    with well_behaved(), loading(meta.model_id, device):
         _quiet()
         config = read_config(meta.model_id, config_file)
         languages = _languages(meta, config.languages)
@@ -73,7 +73,7 @@ def open_model(
         model = _load(meta.model_id, config, checkpoint, vocabulary, place)
         progress(0.8)
         cloned = {name: _latents(model, config, sound) for name, sound in sounds.items()}
-    placed = {name: (gpt.to(place), speaker.to(place)) for name, (gpt, speaker) in presets.items()}
+        placed = {name: (gpt.to(place), spk.to(place)) for name, (gpt, spk) in presets.items()}
     reader = Reader(
         model.tokenizer,
         max_tokens=model.args.gpt_max_text_tokens,
@@ -111,11 +111,7 @@ def _languages(meta: ModelMeta, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _load(model_id: str, config: Any, checkpoint: Path, vocabulary: Path, device: Any) -> Any:
-    """In float32, as the package computes.
-
-    Raises CorruptModel for files that do not fit each other, Unavailable where memory is short.
-    """
-    import torch
+    """In float32, as the package computes. Raises what the package does."""
     from TTS.tts.models.xtts import Xtts
 
     class PlainXtts(Xtts):  # type: ignore[misc]
@@ -128,26 +124,16 @@ def _load(model_id: str, config: Any, checkpoint: Path, vocabulary: Path, device
             weights: dict[str, Any] = read["model"]
             return weights
 
-    try:
-        model = PlainXtts(config)
-        # No file of voices: the package would put them where they were saved, a GPU perhaps.
-        model.load_checkpoint(
-            config,
-            checkpoint_path=str(checkpoint),
-            vocab_path=str(vocabulary),
-            speaker_file_path="",
-            eval=True,
-        )
-        return model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(f"{model_id}: there is too little memory on {device}") from error
-    except CorruptModel:
-        raise
-    except Exception as error:  # the tokenizer raises Exception itself
-        first = str(error).strip().splitlines()[:2]
-        raise CorruptModel(
-            f"{model_id}: its files do not fit each other or are damaged: {' '.join(first)}"
-        ) from error
+    model = PlainXtts(config)
+    # No file of voices: the package would put them where they were saved, a GPU perhaps.
+    model.load_checkpoint(
+        config,
+        checkpoint_path=str(checkpoint),
+        vocab_path=str(vocabulary),
+        speaker_file_path="",
+        eval=True,
+    )
+    return model.to(device)
 
 
 def _latents(model: Any, config: Any, sound: Any) -> tuple[Any, Any]:
