@@ -1,16 +1,28 @@
 """Is a server of ours ready? `python -m src.common.health http://127.0.0.1:8080/readyz`, or `grpc://…`.
 
 What a container engine runs. Exit status 0: ready; 1: not yet, with the reason on stderr.
+A gRPC server may speak TLS. To one that asks for a certificate (mTLS) the server's own is shown:
+the files that WORKER_TLS_CERT and WORKER_TLS_KEY name.
 """
 
 from __future__ import annotations
 
+import os
+import socket
+import ssl
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import grpc
 
 TIMEOUT_S = 3.0
+CERT_ENV, KEY_ENV = "WORKER_TLS_CERT", "WORKER_TLS_KEY"
+_HOW_TO_SHOW_ONE = f"; if it asks for a certificate, name its own in {CERT_ENV} and {KEY_ENV}"
 
 
 class NotReady(Exception):
@@ -47,14 +59,71 @@ def _check_grpc(address: str) -> None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    cert, key = os.environ.get(CERT_ENV), os.environ.get(KEY_ENV)
+    own = (cert, key) if cert and key else None
+    try:
+        shown = _shown(address, own)
+        channel = _channel(address, shown, own)
+    except OSError as error:  # ssl's too: the certificate has expired, say
+        raise NotReady(f"{address}: {error}") from error
+    with channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError as error:
-            raise NotReady(f"{address}: {error.code().name}") from error
+            hint = _HOW_TO_SHOW_ONE if shown and not own else ""
+            raise NotReady(f"{address}: {error.code().name}{hint}") from error
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise NotReady(f"{address} is up and does not serve yet")
+
+
+def _channel(
+    address: str, shown: tuple[bytes, str] | None, own: tuple[str, str] | None
+) -> grpc.Channel:
+    import grpc
+
+    direct = ("grpc.enable_http_proxy", 0)
+    if shown is None:
+        return grpc.insecure_channel(address, options=[direct])
+    # This asks whether our own server lives, not who it is: what it showed is what we trust.
+    certificate, name = shown
+    pair = (Path(own[1]).read_bytes(), Path(own[0]).read_bytes()) if own else (None, None)
+    credentials = grpc.ssl_channel_credentials(certificate, *pair)
+    named = ("grpc.ssl_target_name_override", name)
+    return grpc.secure_channel(address, credentials, options=[direct, named])
+
+
+def _shown(address: str, own: tuple[str, str] | None) -> tuple[bytes, str] | None:
+    """The certificate (PEM) that is shown there, and a name that it is for; None: no TLS there.
+
+    Raises OSError, ssl's included.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if own:
+        context.load_cert_chain(*own)
+    try:
+        with _handshake(context, address) as line:
+            pem = ssl.DER_cert_to_PEM_cert(line.getpeercert(binary_form=True) or b"")
+    except (ssl.SSLError, ConnectionError):
+        return None
+    # ssl tells the names only of a certificate that it has verified.
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(cadata=pem)
+    with _handshake(context, address) as line:
+        names = [pair[1] for pair in (line.getpeercert() or {}).get("subjectAltName", ())]
+    return pem.encode(), str(names[0]) if names else ""
+
+
+def _handshake(context: ssl.SSLContext, address: str) -> ssl.SSLSocket:
+    host, _, port = address.rpartition(":")
+    raw = socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S)
+    try:
+        return context.wrap_socket(raw)
+    except BaseException:
+        raw.close()
+        raise
 
 
 def main(argv: Sequence[str]) -> int:

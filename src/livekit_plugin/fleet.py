@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 from grpc.aio import AioRpcError
-from livekit.agents import APIConnectionError, APIError
+from livekit.agents import APIConnectionError, APIError, APITimeoutError
 from livekit.agents.utils import aio
 
 from src.common.clock import Clock, MonotonicClock
@@ -21,6 +21,7 @@ from src.livekit_plugin.errors import another_may_help, api_error, rest_ms
 from src.livekit_plugin.rota import Rota
 from src.rpc.generated import tts_pb2 as pb
 from src.rpc.generated.tts_pb2_grpc import TTSStub
+from src.rpc.tls import ClientTls
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,20 @@ class Lease:
 
 
 class Fleet:
-    """Made and used on one event loop. Connects when the first lease is asked for."""
+    """Made and used on one event loop. Connects when the first lease is asked for.
+
+    `credentials` win over those of `tls`; both None: plain text.
+    """
 
     def __init__(
         self,
         targets: Sequence[str],
         credentials: grpc.ChannelCredentials | None,
         clock: Clock | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
-        self._credentials = credentials
+        self._tls = tls
+        self._credentials = credentials or (tls.credentials if tls else None)
         self._clock = clock or MonotonicClock()
         self._rota = Rota(targets)
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -125,12 +131,20 @@ class Fleet:
             fault = api_error(error, target)
             if isinstance(fault, APIConnectionError):
                 self._end_soon(target, request.session_id)
+                fault = await self._explained(fault, target)
             raise fault from error
         except BaseException:
             self._end_soon(target, request.session_id)
             raise
         self._rota.worked(target)
         return Lease(target, stub, started)
+
+    async def _explained(self, fault: APIConnectionError, target: str) -> APIConnectionError:
+        """gRPC cannot say what TLS did not like."""
+        if self._tls is None or isinstance(fault, APITimeoutError):
+            return fault
+        complaint = await self._tls.complaint(target)
+        return APIConnectionError(f"worker {target}: {complaint}") if complaint else fault
 
     def _stub(self, target: str) -> TTSStub:
         if target not in self._stubs:

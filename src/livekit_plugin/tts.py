@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import grpc
 from livekit.agents import (
@@ -23,8 +24,10 @@ from src.audio.pcm import SAMPLE_RATE
 from src.livekit_plugin.fleet import Fleet
 from src.livekit_plugin.stream import SynthesizeStream
 from src.rpc.generated import tts_pb2 as pb
+from src.rpc.tls import ClientTls
 
 TARGET_ENV = "DUPLEX_TTS_TARGET"
+TLS_ENV = "DUPLEX_TTS_TLS_"
 DEFAULT_TARGET = "127.0.0.1:7001"
 MAX_AHEAD_MS = 10_000
 OWNER = "livekit-agents"
@@ -57,7 +60,10 @@ class TTS(tts.TTS[str]):
     DUPLEX_TTS_TARGET, else 127.0.0.1:7001. They take turns, and one that is down or full is passed
     over. `model`, `voice`, `language`: empty means the worker's, model's and voice's own.
     `settings`: the family's (speed, pitch, …). `ahead_ms`: how much audio may wait in the agent;
-    0 leaves it to the worker. Raises ValueError for a target that is none.
+    0 leaves it to the worker. `ca`: the file (PEM) of who signed the workers' certificates; with it
+    all of them are called over TLS. `cert`, `key`: our own, for workers that ask for one. Else the
+    environment's DUPLEX_TTS_TLS_CA, _CERT and _KEY. `credentials` instead of these: gRPC's.
+    Raises ValueError for a target that is none, and for files that cannot be used.
 
     It connects on the event loop that it is first used on, once for each loop.
     """
@@ -71,6 +77,9 @@ class TTS(tts.TTS[str]):
         language: str = "",
         settings: Mapping[str, str] | None = None,
         ahead_ms: int = 1_000,
+        ca: str | Path = "",
+        cert: str | Path = "",
+        key: str | Path = "",
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         super().__init__(
@@ -82,7 +91,10 @@ class TTS(tts.TTS[str]):
             raise ValueError(f"ahead_ms must be from 0 to {MAX_AHEAD_MS}, not {ahead_ms}")
         self._targets = _targets(target or os.environ.get(TARGET_ENV, "") or DEFAULT_TARGET)
         self._options = _Options(model, voice, language, ahead_ms, dict(settings or {}))
+        if credentials is not None and (ca or cert or key):
+            raise ValueError("give credentials, or ca with cert and key, not both")
         self._credentials = credentials
+        self._tls = None if credentials is not None else _tls(ca, cert, key)
         self._fleets: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self._streams = weakref.WeakSet[SynthesizeStream]()
 
@@ -144,8 +156,21 @@ class TTS(tts.TTS[str]):
         if loop not in self._fleets:
             # Channels hold on to their loop, so those of loops that are gone must be let go.
             self._fleets = {of: fleet for of, fleet in self._fleets.items() if not of.is_closed()}
-            self._fleets[loop] = Fleet(self._targets, self._credentials)
+            self._fleets[loop] = Fleet(self._targets, self._credentials, tls=self._tls)
         return self._fleets[loop]
+
+
+def _tls(ca: str | Path, cert: str | Path, key: str | Path) -> ClientTls | None:
+    """Each as given, else the environment's. Raises TlsError, a ValueError."""
+    given = {"ca": ca, "cert": cert, "key": key}
+    names = {part: f"{part} ({TLS_ENV}{part.upper()})" for part in given}
+    files = {part: path or os.environ.get(TLS_ENV + part.upper()) for part, path in given.items()}
+    paths = {part: Path(path) for part, path in files.items() if path}
+    if "ca" in paths:
+        return ClientTls(paths["ca"], paths.get("cert"), paths.get("key"), names)
+    if paths:
+        raise ValueError(f"{names['cert']} and {names['key']} need {names['ca']} as well")
+    return None
 
 
 def _targets(text: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from src.orchestrator.llm_context import LlmSettings
 from src.orchestrator.rooms.settings import LiveKitSettings
 from src.orchestrator.routing import RoutingPolicy, load_policy
 from src.orchestrator.vad import VadSettings
+from src.orchestrator.worker_tls import WorkerTlsSettings
 from src.orchestrator.ws_endpoint import EndpointLimits
 from src.orchestrator.ws_inbound import InboundLimits
 from src.orchestrator.ws_transport import OutboundLimits
@@ -96,6 +97,12 @@ class LimitSettings(StrictModel):
         )
 
 
+class TtsSettings(StrictModel):
+    """How workers are called."""
+
+    tls: WorkerTlsSettings = WorkerTlsSettings()
+
+
 class RoutingSettings(StrictModel):
     """Which of `file`'s modes serves sessions that name none."""
 
@@ -153,6 +160,7 @@ class OrchestratorConfig(StrictModel):
     duplex: DuplexSettings = DuplexSettings()
     llm: LlmSettings = LlmSettings()
     llm_host: LlmHostSettings = LlmHostSettings()
+    tts: TtsSettings = TtsSettings()
     routing: RoutingSettings = RoutingSettings()
     redis: RedisSettings = RedisSettings()
     retention: RetentionSettings = RetentionSettings()
@@ -188,6 +196,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in ("url", "public_url", "api_key", "api_secret"):
         if value := environ.get(f"LIVEKIT_{name.upper()}"):
             found[f"livekit.{name}"] = value
+    for name in ("ca", "cert", "key"):
+        if value := environ.get(f"DUPLEX_TTS_TLS_{name.upper()}"):
+            found[f"tts.tls.{name}"] = value
     if keys := environ.get("DUPLEX_API_KEY"):
         found["server.api_keys"] = [key.strip() for key in keys.split(",") if key.strip()]
     return found

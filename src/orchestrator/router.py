@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
-import grpc
-
 from src.common.clock import Clock, MonotonicClock
+from src.orchestrator.fleet_models import FleetModel, announced_model, merged_model, worker_json
 from src.orchestrator.ports import VoiceInfo, VoiceRequest
 from src.orchestrator.registry import Registry
 from src.orchestrator.routing import (
@@ -22,6 +20,7 @@ from src.orchestrator.routing import (
     decide,
 )
 from src.orchestrator.tts_client import LOAD_MS, QUICK_MS, WorkerClient, WorkerSession
+from src.orchestrator.worker_tls import WorkerTls
 from src.rpc.errors import DuplexError, Exhausted, Unavailable, UnknownName
 from src.rpc.generated import tts_pb2 as pb
 
@@ -30,48 +29,6 @@ log = logging.getLogger(__name__)
 MAX_TRIES = 3
 LEASE_TTL_MS = 30_000
 _CODECS = {"": pb.CODEC_PCM_S16LE, "pcm_s16le": pb.CODEC_PCM_S16LE, "opus": pb.CODEC_OPUS}
-_STATES = {
-    pb.COLD: "cold",
-    pb.LOADING: "loading",
-    pb.RESIDENT: "resident",
-    pb.UNLOADING: "unloading",
-    pb.FAILED: "failed",
-}
-# The best state that any worker has a model in is the fleet's.
-_BEST_FIRST = ("resident", "loading", "unloading", "cold", "failed")
-
-
-@dataclass(frozen=True, slots=True)
-class FleetModel:
-    """One model id across all workers."""
-
-    model_id: str
-    family: str
-    state: str
-    workers: dict[str, str]
-    """Worker name → its state of the model."""
-    languages: tuple[str, ...]
-    voices: tuple[str, ...]
-    tags: tuple[str, ...]
-    licence: str
-    default_of: tuple[str, ...]
-    fallback: bool
-    load_progress: float
-    error: str
-    refcount: int = 0
-    """Sessions that hold it, on all workers together."""
-    idle_ms: int = 0
-    """Since anybody last held it."""
-    ttl_left_ms: int = -1
-    """Until the last worker that has it lets it go; -1: never for idleness, or not resident."""
-    estimated_vram_gb: float = 0.0
-    measured_vram_gb: float = 0.0
-    """Of one copy; 0 until measured."""
-
-    def as_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "model_id"}
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        return {"id": self.model_id, **listed}
 
 
 class SpeechRouter:
@@ -87,14 +44,16 @@ class SpeechRouter:
         *,
         owner: str = "orchestrator",
         clock: Clock | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: WorkerTls | None = None,
     ) -> None:
         self._registry = registry
         self._policy = policy
         self._owner = owner
         self._clock = clock or MonotonicClock()
-        self._credentials = credentials
-        self._clients: dict[tuple[str, str], WorkerClient] = {}
+        self._tls = tls or WorkerTls()
+        self._refusals: dict[str, str] = {}
+        # By name, target and whether it is called over TLS.
+        self._clients: dict[tuple[str, str, bool], WorkerClient] = {}
         self._sessions: set[WorkerSession] = set()
         self._preloads: dict[Preload, asyncio.Task[None]] = {}
 
@@ -111,7 +70,7 @@ class SpeechRouter:
         tried: set[str] = set()
         refusal: DuplexError | None = None
         while len(tried) < MAX_TRIES:
-            decision = self._decide(request, tried, refusal)
+            decision = self._decide(request, self._policy, tried, refusal)
             tried.add(decision.worker)
             try:
                 return await self._open_on(decision, request, codec)
@@ -122,13 +81,34 @@ class SpeechRouter:
         raise refusal or Unavailable("no worker was tried")
 
     def _decide(
-        self, request: VoiceRequest, tried: set[str], refusal: DuplexError | None
+        self,
+        request: VoiceRequest,
+        policy: RoutingPolicy,
+        tried: Collection[str] = (),
+        refusal: DuplexError | None = None,
     ) -> Decision:
         views, now_ms = self._registry.view(), self._clock.now_ms()
+        refused = self.refused()
         try:
-            return decide(request, views, self._policy, now_ms, exclude=tried)
+            return decide(request, views, policy, now_ms, exclude={*tried, *refused})
         except (Exhausted, Unavailable) as error:
+            if refusal is None and refused and isinstance(error, Unavailable):
+                # If one of them could have done it, that is what there is to say.
+                could = decide(request, views, policy, now_ms, exclude=tried).worker
+                if could in refused:
+                    raise Unavailable(f"worker {could}: {refused[could]}") from error
             raise refusal or error from error
+
+    def refused(self) -> dict[str, str]:
+        """The announced workers that we do not call, and why; logged when it is news."""
+        records = [view.announcement for view in self._registry.view()]
+        found = {record.name: self._tls.refusal(record.target, record.tls) for record in records}
+        refused = {name: reason for name, reason in found.items() if reason}
+        for name, reason in refused.items():
+            if self._refusals.get(name) != reason:
+                log.warning("worker is not called", extra={"worker": name, "reason": reason})
+        self._refusals = refused
+        return refused
 
     async def _open_on(
         self, decision: Decision, request: VoiceRequest, codec: pb.Codec
@@ -140,7 +120,7 @@ class SpeechRouter:
                 retry_after_ms=self._policy.retry_after_ms,
             )
         try:
-            client = self._client(worker, decision.target)
+            client = self._client(worker, decision.target, decision.tls)
             asked = _start_request(decision, request, codec, self._owner)
             started = await client.start_session(asked, QUICK_MS if decision.resident else LOAD_MS)
         except BaseException:
@@ -169,7 +149,8 @@ class SpeechRouter:
 
     async def _load_there(self, wanted: Preload) -> None:
         try:
-            await self._client(wanted.worker, wanted.target).load_model(wanted.model_id, wait=False)
+            client = self._client(wanted.worker, wanted.target, wanted.tls)
+            await client.load_model(wanted.model_id, wait=False)
         except DuplexError as error:
             log.warning("preload refused", extra={"model": wanted.model_id, "code": error.code})
         finally:
@@ -185,13 +166,13 @@ class SpeechRouter:
         for view, models in zip(views, answers, strict=True):
             for model in models:
                 merged.setdefault(model.model_id, []).append((view.name, model))
-        return tuple(_merge(merged[model_id]) for model_id in sorted(merged))
+        return tuple(merged_model(merged[model_id]) for model_id in sorted(merged))
 
     async def _models_of(self, view: WorkerView) -> list[pb.ModelInfo]:
         try:
-            return await self._client(view.name, view.announcement.target).list_models()
+            return await self._client_of(view).list_models()
         except DuplexError:
-            return [_announced(view, entry.model_id) for entry in catalog(view.announcement)]
+            return [announced_model(view, entry.model_id) for entry in catalog(view.announcement)]
 
     async def load_model(self, model_id: str, *, wait: bool = True) -> FleetModel:
         """Load it on the worker where a session that names it would go.
@@ -201,30 +182,30 @@ class SpeechRouter:
         await self._registry.first_look()
         plain = RoutingPolicy(audio=self._policy.audio)
         request = VoiceRequest("", model=model_id)
-        decision = decide(request, self._registry.view(), plain, self._clock.now_ms())
-        client = self._client(decision.worker, decision.target)
+        decision = self._decide(request, plain)
+        client = self._client(decision.worker, decision.target, decision.tls)
         await client.load_model(decision.model_id, wait=wait)
         return await self._one(decision.model_id)
 
     async def unload_model(self, model_id: str, *, ignore_ttl: bool = True) -> FleetModel:
         """Unload it from every worker that has it. Raises UnknownName, InUse, Unavailable."""
         model = await self._one(model_id)
-        targets = {view.name: view.announcement.target for view in self._registry.view()}
         holding = [
-            name for name, state in model.workers.items() if state in ("resident", "loading")
+            view
+            for view in self._registry.view()
+            if model.workers.get(view.name) in ("resident", "loading")
         ]
         results = await asyncio.gather(
-            *(
-                self._client(name, targets[name]).unload_model(model_id, ignore_ttl=ignore_ttl)
-                for name in holding
-                if name in targets
-            ),
+            *(self._unload_from(view, model_id, ignore_ttl) for view in holding),
             return_exceptions=True,
         )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         return await self._one(model_id)
+
+    async def _unload_from(self, view: WorkerView, model_id: str, ignore_ttl: bool) -> None:
+        await self._client_of(view).unload_model(model_id, ignore_ttl=ignore_ttl)
 
     async def _one(self, model_id: str) -> FleetModel:
         known = {model.model_id: model for model in await self.fleet_models()}
@@ -236,7 +217,7 @@ class SpeechRouter:
         return [model.as_json() for model in await self.fleet_models()]
 
     def workers(self) -> list[dict[str, Any]]:
-        return [_worker_json(view) for view in self._registry.view()]
+        return [worker_json(view) for view in self._registry.view()]
 
     async def load(self, model_id: str) -> dict[str, Any]:
         return (await self.load_model(model_id)).as_json()
@@ -246,23 +227,33 @@ class SpeechRouter:
 
     # --- connections ---
 
-    def _client(self, worker: str, target: str) -> WorkerClient:
-        client = self._clients.get((worker, target))
+    def _client_of(self, view: WorkerView) -> WorkerClient:
+        return self._client(view.name, view.announcement.target, view.announcement.tls)
+
+    def _client(self, worker: str, target: str, tls: bool) -> WorkerClient:
+        """Raises Unavailable for a worker that must not be called this way."""
+        if reason := self._tls.refusal(target, tls):
+            raise Unavailable(f"worker {worker}: {reason}")
+        client = self._clients.get((worker, target, tls))
         if client is None:
             client = WorkerClient(
-                worker, target, lambda: self._registry.failed(worker), self._credentials
+                worker,
+                target,
+                lambda: self._registry.failed(worker),
+                self._tls.client if tls else None,
             )
-            self._clients[worker, target] = client
+            self._clients[worker, target, tls] = client
         return client
 
     async def _drop_idle_clients(self) -> None:
         """Of workers that are gone or have moved, once no session of ours is left there."""
-        announced = {(view.name, view.announcement.target) for view in self._registry.view()}
-        used = {(session.client.name, session.client.target) for session in self._sessions}
+        records = [view.announcement for view in self._registry.view()]
+        announced = {(record.name, record.target, record.tls) for record in records}
+        used = {session.client for session in self._sessions}
         idle = [
             key
             for key, client in self._clients.items()
-            if key not in announced | used and not client.in_flight
+            if key not in announced and client not in used and not client.in_flight
         ]
         for client in [self._clients.pop(key) for key in idle]:
             await client.aclose()
@@ -316,65 +307,3 @@ def _info(decision: Decision, started: pb.StartSessionResp) -> VoiceInfo:
         fallback_reason=reason,
         words_estimated=started.words_estimated,
     )
-
-
-def _announced(view: WorkerView, model_id: str) -> pb.ModelInfo:
-    record = view.announcement
-    entry = next(entry for entry in catalog(record) if entry.model_id == model_id)
-    return pb.ModelInfo(
-        model_id=model_id,
-        family=entry.family,
-        state=pb.RESIDENT if model_id in record.resident_models else pb.COLD,
-        is_default=model_id == record.default_model,
-        languages=entry.languages,
-        voices=entry.voices,
-        tags=entry.tags,
-    )
-
-
-def _merge(found: list[tuple[str, pb.ModelInfo]]) -> FleetModel:
-    workers = {name: _STATES.get(model.state, "cold") for name, model in found}
-    models = [model for _, model in found]
-    loading = [model.load_progress for model in models if model.state == pb.LOADING]
-    resident = [model for model in models if model.state == pb.RESIDENT]
-    ttls = [model.ttl_left_ms for model in resident]
-    return FleetModel(
-        model_id=models[0].model_id,
-        family=_first(model.family for model in models),
-        state=min(workers.values(), key=_BEST_FIRST.index),
-        workers=workers,
-        languages=_union(model.languages for model in models),
-        voices=_union(model.voices for model in models),
-        tags=_union(model.tags for model in models),
-        licence=_first(model.licence for model in models),
-        default_of=tuple(name for name, model in found if model.is_default),
-        fallback=all(model.fallback for model in models),
-        load_progress=max(loading, default=0.0),
-        error=_first(model.error for model in models),
-        refcount=sum(model.refcount for model in models),
-        idle_ms=min((model.idle_ms for model in resident), default=0),
-        ttl_left_ms=-1 if not ttls or min(ttls) < 0 else max(ttls),
-        estimated_vram_gb=round(max(model.estimated_vram_gb for model in models), 3),
-        measured_vram_gb=round(max(model.measured_vram_gb for model in models), 3),
-    )
-
-
-def _worker_json(view: WorkerView) -> dict[str, Any]:
-    record = view.announcement
-    return {
-        "name": view.name,
-        "gpu": record.hardware.gpu,
-        "vram_gb": record.hardware.vram_gb,
-        "sessions": record.metrics.sessions,
-        "max_sessions": record.max_sessions,
-        "draining": record.draining,
-        "version": record.version,
-    }
-
-
-def _first(values: Iterable[str]) -> str:
-    return next(filter(None, values), "")
-
-
-def _union(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(item for values in lists for item in values))

@@ -98,6 +98,7 @@ class Preload:
     worker: str
     target: str
     model_id: str
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Decision:
     reason: str
     substitute: bool = False
     preload: Preload | None = None
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +406,8 @@ def _preferred_cold(
 
 
 def _preload(pair: _Pair) -> Preload:
-    return Preload(pair.view.name, pair.view.announcement.target, pair.model.model_id)
+    record = pair.view.announcement
+    return Preload(record.name, record.target, pair.model.model_id, record.tls)
 
 
 def _decision(pair: _Pair, voice: str, reason: str, preload: Preload | None = None) -> Decision:
@@ -416,4 +419,5 @@ def _decision(pair: _Pair, voice: str, reason: str, preload: Preload | None = No
         resident=pair.resident,
         reason=reason,
         preload=preload,
+        tls=pair.view.announcement.tls,
     )

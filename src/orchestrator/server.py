@@ -66,11 +66,12 @@ class CannotStart(Exception):
 
 
 class Orchestrator:
-    """One process. `run` starts it, serves until `stop` is set, and drains."""
+    """One process. `run` starts it, serves until `stop` is set, and drains. Raises ConfigError."""
 
     def __init__(self, config: OrchestratorConfig, policy: RoutingPolicy) -> None:
         self._config = config
         self._policy = policy
+        self._worker_tls = config.tts.tls.load()
         self._clock = MonotonicClock()
         self._metrics = Metrics()
         self._keys = ApiKeys(config.server.keys)
@@ -93,9 +94,8 @@ class Orchestrator:
         async with AsyncExitStack() as cleanup:
             cleanup.push_async_callback(self._bridge.aclose)
             registry = self._registry = await self._connect(cleanup)
-            self._speech = SpeechRouter(
-                registry, self._policy, owner=f"orchestrator@{socket.gethostname()}"
-            )
+            owner = f"orchestrator@{socket.gethostname()}"
+            self._speech = SpeechRouter(registry, self._policy, owner=owner, tls=self._worker_tls)
             cleanup.push_async_callback(self._speech.aclose)
             self._metrics.count_workers(lambda: len(registry.view()))
             self._open_transports()
@@ -274,8 +274,12 @@ class Orchestrator:
         return Check(bool(self._registry.view()), text)
 
     def _check_workers(self) -> Check:
-        names = [v.name for v in self._registry.view() if not v.announcement.draining]
-        return Check(bool(names), ", ".join(names) or f"no TTS worker is announced; {HOW_TO_START}")
+        refused = self._speech.refused()
+        there = [v.name for v in self._registry.view() if not v.announcement.draining]
+        names = [name for name in there if name not in refused]
+        said = [*names, *(f"{name} is not called: {why}" for name, why in refused.items())]
+        text = ", ".join(said) or f"no TTS worker is announced; {HOW_TO_START}"
+        return Check(bool(names), text)
 
     def _check_recognizer(self) -> Check:
         return Check(self._recognizer is not None, self._recogniser_note)
@@ -327,7 +331,7 @@ def _port_trouble(host: str, port: int, error: OSError) -> CannotStart:
 
 
 async def serve(config: OrchestratorConfig, policy: RoutingPolicy) -> None:
-    """Until SIGTERM or Ctrl-C; a second one does not wait. Raises CannotStart."""
+    """Until SIGTERM or Ctrl-C; a second one does not wait. Raises CannotStart, ConfigError."""
     orchestrator = Orchestrator(config, policy)
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()

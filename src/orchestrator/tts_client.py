@@ -24,6 +24,7 @@ from src.rpc.errors import (
 )
 from src.rpc.generated import tts_pb2 as pb
 from src.rpc.generated.tts_pb2_grpc import TTSStub
+from src.rpc.tls import ClientTls
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ ResponseT = TypeVar("ResponseT")
 class WorkerClient:
     """Two connections to one worker, so that Control never waits behind audio or a slow load.
 
-    `on_lost` is told when the worker does not answer at all.
+    `on_lost` is told when the worker does not answer at all. `tls` None: in plain text.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class WorkerClient:
         name: str,
         target: str,
         on_lost: Callable[[], None] = lambda: None,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self.name = name
         self.target = target
+        self.tls = tls
         self._on_lost = on_lost
-        self._channels = [_channel(target, credentials) for _ in range(2)]
+        self._channels = [_channel(target, tls) for _ in range(2)]
         self.in_flight = 0
         audio, control = self._channels
         # The first call on it may be a pause, which should not wait for a connection.
@@ -88,7 +90,7 @@ class WorkerClient:
     async def start_session(
         self, request: pb.StartSessionReq, timeout_ms: int
     ) -> pb.StartSessionResp:
-        return await self._call(self._stub.StartSession, request, timeout_ms)
+        return await self._explained(self._stub.StartSession, request, timeout_ms)
 
     async def renew_session(self, request: pb.StartSessionReq) -> None:
         await self._call(self._control_stub.StartSession, request, QUICK_MS)
@@ -108,15 +110,31 @@ class WorkerClient:
 
     async def load_model(self, model_id: str, *, wait: bool) -> pb.LoadModelResp:
         request = pb.LoadModelReq(model_id=model_id, wait=wait)
-        return await self._call(self._stub.LoadModel, request, LOAD_MS if wait else QUICK_MS)
+        return await self._explained(self._stub.LoadModel, request, LOAD_MS if wait else QUICK_MS)
 
     async def unload_model(self, model_id: str, *, ignore_ttl: bool) -> pb.UnloadModelResp:
         request = pb.UnloadModelReq(model_id=model_id, ignore_ttl=ignore_ttl)
-        return await self._call(self._stub.UnloadModel, request, QUICK_MS)
+        return await self._explained(self._stub.UnloadModel, request, QUICK_MS)
 
     def synthesize(self, chunks: AsyncIterator[pb.TextChunk]) -> Any:
         """No deadline: an utterance lasts as long as it is spoken."""
         return self._stub.Synthesize(chunks)
+
+    async def _explained(
+        self, method: Callable[..., Awaitable[ResponseT]], request: object, timeout_ms: int
+    ) -> ResponseT:
+        """For the calls whose error is read by people: gRPC cannot say what TLS did not like."""
+        try:
+            return await self._call(method, request, timeout_ms)
+        except Unavailable as error:
+            cause = error.__cause__
+            if self.tls is None or not isinstance(cause, AioRpcError) or _answered(cause):
+                raise
+            complaint = await self.tls.complaint(self.target)
+            if not complaint:
+                raise
+            log.warning("no TLS", extra={"worker": self.name, "reason": complaint})
+            raise Unavailable(f"worker {self.name} at {self.target}: {complaint}") from cause
 
     async def _call(
         self, method: Callable[..., Awaitable[ResponseT]], request: object, timeout_ms: int
@@ -131,8 +149,7 @@ class WorkerClient:
 
     def fault(self, error: AioRpcError) -> DuplexError:
         """The worker's own error, or Unavailable when it did not get to say one."""
-        answered = any(key == CODE_KEY for key, _ in error.trailing_metadata() or ())
-        if answered or error.code() not in _LOST:
+        if _answered(error) or error.code() not in _LOST:
             return from_rpc_error(error)
         self._on_lost()
         return Unavailable(f"worker {self.name} at {self.target} is lost: {error.details()}")
@@ -142,10 +159,14 @@ class WorkerClient:
             await channel.close()
 
 
-def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    if credentials is None:
+def _answered(error: AioRpcError) -> bool:
+    return any(key == CODE_KEY for key, _ in error.trailing_metadata() or ())
+
+
+def _channel(target: str, tls: ClientTls | None) -> grpc.aio.Channel:
+    if tls is None:
         return grpc.aio.insecure_channel(target, options=_CHANNEL)
-    return grpc.aio.secure_channel(target, credentials, options=_CHANNEL)
+    return grpc.aio.secure_channel(target, tls.credentials, options=_CHANNEL)
 
 
 class WorkerSession:

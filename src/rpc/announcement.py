@@ -63,6 +63,7 @@ class ModelEntry(_Record):
 class Announcement(_Record):
     name: str
     addr: str = Field(description="grpc://host:port")
+    tls: bool = Field(default=False, description="it takes calls over TLS only")
     capabilities: Capabilities = Capabilities()
     audio: Audio = Audio()
     hardware: Hardware = Hardware()

@@ -131,6 +131,9 @@ def worker_config(
     laid = {key: value for key, value in (overrides or {}).items() if value is not None}
     if environ.get("REDIS_URL"):
         laid.setdefault("redis.url", environ["REDIS_URL"])
+    for part in TlsSettings.model_fields:
+        if value := environ.get(f"WORKER_TLS_{part.upper()}"):
+            laid[f"worker.tls.{part}"] = value
     # The file's adapter and default belong together: a flag for one drops the other.
     if "worker.adapter" in laid:
         laid.setdefault("model_manager.default_model_id", "")

@@ -34,6 +34,7 @@ from src.rpc.announcement import (
 from src.rpc.announcement import WorkerMetrics as AnnouncedMetrics
 from src.rpc.errors import DuplexError, UnknownName
 from src.rpc.generated import tts_pb2, tts_pb2_grpc
+from src.rpc.tls import TlsError, read_authorities, read_pair, server_fault
 from src.tts.adapters import adapter_for
 from src.tts.announce import Announcer
 from src.tts.config import (
@@ -143,6 +144,7 @@ class Worker:
             capabilities=self._identity.capabilities,
             device=settings.device,
         )
+        _warn_of_another_name(settings.tls, self._addr)
 
     def _register(self, server: grpc.aio.Server) -> None:
         service = TTSService(self._identity, self._manager, self._sessions, self._reload)
@@ -211,6 +213,7 @@ class Worker:
         return Announcement(
             name=own.name,
             addr=f"grpc://{self._addr}",
+            tls=settings.tls.cert is not None,
             capabilities=Capabilities(
                 zero_shot=can.zero_shot,
                 lora=can.lora,
@@ -286,13 +289,27 @@ def _credentials(tls: TlsSettings) -> grpc.ServerCredentials | None:
     if tls.cert is None or tls.key is None:
         return None
     try:
-        pair = (tls.key.read_bytes(), tls.cert.read_bytes())
-        root = tls.ca.read_bytes() if tls.ca else None
-    except OSError as error:
-        raise ConfigError(f"worker.tls: {error.filename}: {error.strerror}") from error
+        pair = read_pair(tls.cert, tls.key, "worker.tls.cert", "worker.tls.key")
+        root = read_authorities(tls.ca, "worker.tls.ca") if tls.ca else None
+    except TlsError as error:
+        raise ConfigError(str(error)) from error
     return grpc.ssl_server_credentials(
         [pair], root_certificates=root, require_client_auth=root is not None
     )
+
+
+def _warn_of_another_name(tls: TlsSettings, addr: str) -> None:
+    """Not an error: plug-ins may dial it by other names than the announced one."""
+    if tls.cert is None or tls.key is None:
+        return
+    fault = server_fault(tls.cert, tls.key, addr.rpartition(":")[0].strip("[]"))
+    if fault:
+        log.warning(
+            "orchestrators will refuse this certificate: %s "
+            "(worker.advertise_addr has to be a subjectAltName)",
+            fault,
+            extra={"addr": addr, "cert": str(tls.cert)},
+        )
 
 
 def _version() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from src.orchestrator.router import _merge, _worker_json
+from src.orchestrator.fleet_models import merged_model, worker_json
 from src.orchestrator.routing import WorkerView
 from src.rpc.announcement import Announcement, Hardware, WorkerMetrics
 from src.rpc.generated import tts_pb2 as pb
@@ -20,7 +20,9 @@ def model(state: int, **fields: object) -> pb.ModelInfo:
 def test_leases_are_added_up_and_the_last_to_let_go_counts() -> None:
     one = model(pb.RESIDENT, refcount=2, idle_ms=0, ttl_left_ms=5_000, estimated_vram_gb=0.25)
     other = model(pb.RESIDENT, refcount=1, idle_ms=700, ttl_left_ms=9_000, measured_vram_gb=0.5)
-    shown = _merge([("a", one), ("b", other), ("c", model(pb.COLD, ttl_left_ms=-1))]).as_json()
+    shown = merged_model(
+        [("a", one), ("b", other), ("c", model(pb.COLD, ttl_left_ms=-1))]
+    ).as_json()
     assert (shown["id"], shown["state"]) == ("m", "resident")
     assert shown["workers"] == {"a": "resident", "b": "resident", "c": "cold"}
     assert (shown["refcount"], shown["idle_ms"], shown["ttl_left_ms"]) == (3, 0, 9_000)
@@ -30,8 +32,8 @@ def test_leases_are_added_up_and_the_last_to_let_go_counts() -> None:
 
 def test_one_that_is_never_let_go_has_no_time_left_to_count() -> None:
     found = [("a", model(pb.RESIDENT, ttl_left_ms=-1)), ("b", model(pb.RESIDENT, ttl_left_ms=1))]
-    assert _merge(found).ttl_left_ms == -1
-    assert _merge([("a", model(pb.COLD))]).ttl_left_ms == -1
+    assert merged_model(found).ttl_left_ms == -1
+    assert merged_model([("a", model(pb.COLD))]).ttl_left_ms == -1
 
 
 def test_the_licence_of_every_shipped_model_reaches_whoever_asks_which_there_are() -> None:
@@ -40,13 +42,15 @@ def test_the_licence_of_every_shipped_model_reaches_whoever_asks_which_there_are
     for meta in catalog.models.values():
         listed = _model_info(ModelStatus(meta, ModelState.COLD, is_default=False))
         assert listed.licence == meta.licence
-        assert _merge([("a", listed)]).as_json()["licence"] == meta.licence
+        assert merged_model([("a", listed)]).as_json()["licence"] == meta.licence
     assert "NON-COMMERCIAL" in catalog.get("xtts-v2-en").licence
     assert "NON-COMMERCIAL" in catalog.get("spark-tts-0.5b").licence
 
 
 def test_a_loading_model_shows_how_far_it_is() -> None:
-    shown = _merge([("a", model(pb.LOADING, load_progress=0.5)), ("b", model(pb.COLD))]).as_json()
+    shown = merged_model(
+        [("a", model(pb.LOADING, load_progress=0.5)), ("b", model(pb.COLD))]
+    ).as_json()
     assert (shown["state"], shown["load_progress"]) == ("loading", 0.5)
 
 
@@ -59,12 +63,13 @@ def test_a_worker_tells_its_memory_and_its_seats() -> None:
         max_sessions=8,
         version="2.1",
     )
-    assert _worker_json(WorkerView(record)) == {
+    assert worker_json(WorkerView(record)) == {
         "name": "tts-a",
         "gpu": True,
         "vram_gb": 24.0,
         "sessions": 3,
         "max_sessions": 8,
         "draining": False,
+        "tls": False,
         "version": "2.1",
     }
