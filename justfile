@@ -44,8 +44,8 @@ test *ARGS:
 ci: lint typecheck test test-families
 
 # The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
-test-worker PYTHON="3.10":
-    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice
+test-worker PYTHON="3.10" *ARGS:
+    UV_NO_SYNC=0 UV_PROJECT_ENVIRONMENT=.venv-{{PYTHON}} uv run -p {{PYTHON}} pytest -m worker_slice "${@:2}"
 
 # The suite on another Python; `just test-python 3.13 -k duplex` for a part of it.
 test-python PYTHON *ARGS:
@@ -57,12 +57,18 @@ test-python PYTHON *ARGS:
 test-family NAME *ARGS:
     @just _in {{ if NAME == "piper" { '"" pytest tests/unit/test_piper_adapter.py' } else { NAME + " pytest tests/families/" + NAME } }} "${@:2}"
 
-# Those that are packages, two at a time: none of their tests looks at a clock. Each one's output in one piece.
+# Those that are packages.
 test-families:
+    @just _beside "just test-family xtts" "just test-family sesame" "just test-family parler"
+
+# Command lines, two at a time, none of which looks at a clock. Each one's output in one piece, also in out/logs;
+# all run to their end, and where one failed this fails.
+_beside *COMMANDS:
     @mkdir -p out/logs
-    @printf '%s\n' parler sesame xtts | xargs -P 2 -I NAME bash -c \
-        'status=0; just test-family NAME >out/logs/test-NAME.log 2>&1 || status=$?; \
-         echo "== NAME"; cat out/logs/test-NAME.log; exit $status'
+    @printf '%s\0' "$@" | xargs -0 -P 2 -n 1 bash -c ' \
+        log="out/logs/${0//[^a-zA-Z0-9.]/-}.log"; status=0; \
+        { echo "== $0"; $0 || status=$?; echo "== $0: exit status $status after $SECONDS s"; } >"$log" 2>&1; \
+        cat "$log"; [ $status = 0 ]'
 
 # A command in a family's own environment: .venv-<family>, with the family's extra and without the embedded
 # models. Without a family, in the default one. UV_PYTHON picks another Python, and another venv.
@@ -209,7 +215,7 @@ nsys-tts NAME *ARGS: (_needs "nsys" "Nsight Systems" "nsight-systems")
 # Each of these kernels runs many times over, and nothing beside it: have one short sentence spoken.
 # A worker under Nsight Compute: the first 200 kernels of speaking, in out/profiles/tts-NAME.ncu-rep.
 ncu-tts NAME *ARGS: (_needs "ncu" "Nsight Compute" "nsight-compute")
-    @just _profile-tts 'ncu --nvtx --nvtx-push-pop-scope process --nvtx-include tts.$adapter/ --launch-count 200 --force-overwrite --export out/profiles/tts-{{NAME}}' "$@"
+    @just _profile-tts 'ncu --target-processes application-only --nvtx --nvtx-push-pop-scope process --nvtx-include tts.$adapter/ --launch-count 200 --force-overwrite --export out/profiles/tts-{{NAME}}' "$@"
 
 # Where a family has no environment of its own there is no torch, and the ranges are the nvtx package's.
 _profile-tts TOOL NAME *ARGS:

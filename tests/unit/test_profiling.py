@@ -80,6 +80,39 @@ def test_only_what_speaks_is_profiled_kernel_by_kernel(tmp_path: Path) -> None:
     assert argv[argv.index("--nvtx-include") + 1] == "tts.parler_tts/"
 
 
+def options(argv: list[str], tool: str) -> list[str]:
+    """What the tool is given before the program that it starts, which is the worker itself."""
+    started = argv.index("src.tts.worker") - 2
+    return argv[argv.index(tool) + 1 : started]
+
+
+def test_ncu_follows_the_one_process_and_all_its_threads(tmp_path: Path) -> None:
+    """An engine may start its kernels on another thread than the one that named the range; what
+    torch's compiler starts beside it speaks nothing. As `ncu --help` (2025.2) writes them."""
+    _, asked = run(tmp_path, "ncu-tts", "sesame", "--port", "0")
+    given = options(list(asked["argv"]), "ncu")
+    switches = {"--nvtx", "--force-overwrite"}
+    rest = [option for option in given if option not in switches]
+    assert switches <= set(given)
+    assert dict(zip(rest[::2], rest[1::2], strict=True)) == {
+        "--target-processes": "application-only",
+        "--nvtx-push-pop-scope": "process",
+        "--nvtx-include": "tts.sesame/",
+        "--launch-count": "200",
+        "--export": "out/profiles/tts-sesame",
+    }
+
+
+def test_nsys_traces_the_gpu_the_ranges_and_the_waiting(tmp_path: Path) -> None:
+    _, asked = run(tmp_path, "nsys-tts", "sesame", "--port", "0")
+    assert options(list(asked["argv"]), "nsys") == [
+        "profile",
+        "--trace=cuda,nvtx,osrt",
+        "--force-overwrite=true",
+        "--output=out/profiles/tts-sesame",
+    ]
+
+
 def test_a_gpu_is_taken_where_there_is_one(tmp_path: Path) -> None:
     _, asked = run(tmp_path, "nsys-tts", "xtts", there=(*ALWAYS, "nvidia-smi"))
     argv = list(asked["argv"])
