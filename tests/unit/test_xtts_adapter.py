@@ -86,7 +86,7 @@ def test_it_says_what_a_session_may_set() -> None:
     assert capabilities.zero_shot
     assert capabilities.streams
     assert not capabilities.incremental_text
-    settings = {"speed", "temperature", "top_k", "top_p", "repetition_penalty"}
+    settings = {"speed", "temperature", "top_k", "top_p", "repetition_penalty", "seed"}
     assert set(capabilities.settings) == settings
 
 

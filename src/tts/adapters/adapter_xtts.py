@@ -19,6 +19,7 @@ from src.tts.families.settings import (
     require_modules,
 )
 from src.tts.families.torch_host import give_back_memory, speaking
+from src.tts.families.xtts.draws import drawing, own_chance
 from src.tts.families.xtts.loading import Loaded, open_model
 from src.tts.families.xtts.stream import speak
 from src.tts.families.xtts.text import Piece, check_extras, speaks
@@ -34,6 +35,7 @@ _VOICE = {
     "top_k": Range(1, 200, 50, "candidates for each step; 1 repeats itself exactly"),
     "top_p": Range(0.05, 1.0, 0.85, "share of the likeliest candidates"),
     "repetition_penalty": Range(1.0, 20.0, 10.0, "against sounds that hang"),
+    "seed": Range(0, 2**31 - 1, 0, "draws the same codes again; 0 draws others each time"),
 }
 _ENGINE = {
     "max_streams": Range(1, 64, 4, "utterances at once"),
@@ -104,12 +106,13 @@ class XttsModel:
         spec = self.check_voice(spec)
         settings = read_settings(_VOICE, spec.settings)
         pace = self._pace(spec.voice, settings["speed"])
+        sampling = self._sampling(settings)
         for segment in segments:
             reader = self._loaded.reader
             for piece in reader.pieces(segment.text, segment.char_start, spec.language):
                 if cancel.cancelled:
                     return
-                yield from self._say(piece, spec, settings, pace, cancel)
+                yield from self._say(piece, spec, sampling, pace, cancel)
 
     def unload(self) -> None:
         device = self._loaded.device
@@ -120,12 +123,11 @@ class XttsModel:
         self,
         piece: Piece,
         spec: VoiceSpec,
-        settings: Mapping[str, float],
+        sampling: Mapping[str, Any],
         pace: WordPace,
         cancel: CancelToken,
     ) -> Iterator[PcmChunk]:
         words = PacedWords(piece.text, piece.char_start, pace, self.native_sample_rate)
-        sampling: dict[str, Any] = {**settings, "top_k": int(settings["top_k"])}
         voice = self._loaded.voices[spec.voice]
         sound = speak(self._loaded.model, piece, spec.language, voice, sampling, cancel)
         with speaking(self._model_id):
@@ -133,6 +135,17 @@ class XttsModel:
                 yield PcmChunk(samples, words.push(samples))
         if not cancel.cancelled and (left := words.end()):
             yield PcmChunk(_NO_SOUND, left)
+
+    def _sampling(self, settings: Mapping[str, float]) -> dict[str, Any]:
+        """For all pieces of a stream: each goes on drawing where the last one ended."""
+        draws = drawing(
+            own_chance(int(settings["seed"]), self._loaded.model.device),
+            temperature=settings["temperature"],
+            top_k=int(settings["top_k"]),
+            top_p=settings["top_p"],
+        )
+        kept = ("speed", "repetition_penalty")
+        return {**draws, **{name: settings[name] for name in kept}}
 
     def _pace(self, voice: str, speed: float) -> WordPace:
         return self._paces[voice] if speed == 1.0 else WordPace(USUAL_MS / speed)

@@ -8,7 +8,9 @@ import logging
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from src.tts.adapters.adapter_xtts import XttsModel
 from src.tts.families.xtts import stream as xtts_stream
 from src.tts.families.xtts.stream import CHUNKS, CODE_MS, most_codes, session_view
 from src.tts.families.xtts.text import spoken_ms
-from src.tts.tts_base import CancelToken, PcmChunk, Segment
+from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 from tests.families.oracles import assert_frames_hold_all
 from tests.families.xtts.tiny import LANGUAGES, PRESETS, files_of, load, said, spec
 
@@ -167,9 +169,21 @@ def test_streams_at_once_sound_as_they_do_alone(model: XttsModel) -> None:
         assert np.array_equal(one, same)
 
 
-def interleaved(model: XttsModel, texts: list[str]) -> list[list[np.ndarray[Any, Any]]]:
+def first_chunks(
+    model: XttsModel, text: str, voice: VoiceSpec | None = None
+) -> list[np.ndarray[Any, Any]]:
+    stream = model.stream([Segment(text, 0)], voice or spec(), CancelToken())
+    return [chunk.samples for chunk in islice(stream, 4)]
+
+
+def interleaved(
+    model: XttsModel, texts: list[str], voices: Sequence[VoiceSpec | None] = (None, None)
+) -> list[list[np.ndarray[Any, Any]]]:
     """A chunk of each in turns, on one thread: what the package keeps of one meets the others."""
-    streams = [model.stream([Segment(text, 0)], spec(), CancelToken()) for text in texts]
+    streams = [
+        model.stream([Segment(text, 0)], voice or spec(), CancelToken())
+        for text, voice in zip(texts, voices, strict=True)
+    ]
     out: list[list[np.ndarray[Any, Any]]] = [[] for _ in texts]
     for _ in range(4):
         for stream, sound in zip(streams, out, strict=True):
@@ -179,7 +193,7 @@ def interleaved(model: XttsModel, texts: list[str]) -> list[list[np.ndarray[Any,
 
 def test_streams_in_turns_sound_as_they_do_alone(model: XttsModel) -> None:
     texts = ["Hello", "Other words here"]
-    alone = [[c.samples for c in chunks(model, text)][:4] for text in texts]
+    alone = [first_chunks(model, text) for text in texts]
     for one, same in zip(alone, interleaved(model, texts), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
 
@@ -194,7 +208,7 @@ def test_without_a_view_for_each_they_do_not(
         return whole
 
     texts = ["Hello", "Other words here"]
-    alone = [[c.samples for c in chunks(model, text)][:4] for text in texts]
+    alone = [first_chunks(model, text) for text in texts]
     with monkeypatch.context() as patched:
         patched.setattr(xtts_stream, "session_view", no_view)
         try:
@@ -209,6 +223,40 @@ def test_without_a_view_for_each_they_do_not(
         for one, same in zip(alone, mixed, strict=True)
         for a, b in zip(one, same, strict=True)
     )
+
+
+# --- chance ---
+
+FREELY = {"top_k": "50", "top_p": "0.95", "temperature": "1.2"}
+
+
+def test_a_seed_draws_the_same_again_in_every_piece_and_another_one_does_not(
+    model: XttsModel,
+) -> None:
+    text = "One. Two."
+    segments = [Segment(text[:4], 0), Segment(text[4:], 4)]
+
+    def drawn(**settings: str) -> np.ndarray[Any, Any]:
+        stream = model.stream(segments, spec(**FREELY, **settings), CancelToken())
+        return np.concatenate([chunk.samples for chunk in stream])
+
+    one, again, other = drawn(seed="7"), drawn(seed="7"), drawn(seed="8")
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(drawn(), drawn(seed="0")), "by chance, each of them"
+
+
+def test_streams_that_draw_in_turns_say_what_they_say_alone(model: XttsModel) -> None:
+    """And torch's own generator, which belongs to everybody, stands where it stood."""
+    import torch
+
+    texts = ["Hello", "Other words here"]
+    specs = [spec(**FREELY, seed="7"), spec(**FREELY, seed="8")]
+    before = torch.get_rng_state()
+    alone = [first_chunks(model, *each) for each in zip(texts, specs, strict=True)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, same in zip(alone, interleaved(model, texts, specs), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
 
 
 # --- ending early ---

@@ -9,6 +9,7 @@ import pytest
 
 from src.tts.adapters.adapter_xtts import XttsModel
 from src.tts.families.xtts import stream as xtts_stream
+from src.tts.families.xtts.draws import Scores, drawing, own_chance
 from src.tts.families.xtts.stream import Growing, Prepared, Watch, session_view
 from src.tts.tts_base import CancelToken
 
@@ -108,6 +109,40 @@ def test_the_vocoder_hears_no_more_for_a_later_chunk(model: XttsModel) -> None:
         hook.remove()
     assert abs(heard[-2] - heard[-3]) <= 1, "30 codes and what lies around them, wherever they are"
     assert heard[-1] < 30, "after them, their overlap is all that is left"
+
+
+@pytest.mark.parametrize("top_k", [5, 50])
+def test_our_own_draws_are_the_packages(model: XttsModel, top_k: int) -> None:
+    """From its own generator, with the same seed, it says the same."""
+    import torch
+
+    whole, most = model._loaded.model, 60
+    ids = whole.tokenizer.encode("hello", "en")
+    sampling: dict[str, Any] = {"temperature": 0.9, "top_k": top_k, "top_p": 0.8}
+
+    def sound(**manner: Any) -> np.ndarray[Any, Any]:
+        watch: Any = Watch(CancelToken(), most)
+        call = session_view(whole, ids).inference_stream(
+            "hello", "en", *model._loaded.voices["Ana"], stopping_criteria=[watch], **manner
+        )
+        return np.concatenate([chunk.numpy() for chunk in call])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        theirs = sound(**sampling)
+    ours = sound(**drawing(own_chance(7, whole.device), **sampling))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, sound(**drawing(own_chance(8, whole.device), **sampling)))
+
+
+@pytest.mark.parametrize("asked", ["argmax", "log_softmax"])
+def test_scores_give_nothing_but_a_draw(asked: str) -> None:
+    """A package that would draw in another way fails, and does not say anything."""
+    import torch
+
+    scores = Scores(torch.zeros(1, 4), own_chance(1, "cpu"))
+    with pytest.raises(TypeError):
+        getattr(torch, asked)(scores, dim=-1)
 
 
 def test_a_text_is_encoded_as_the_package_would(model: XttsModel) -> None:

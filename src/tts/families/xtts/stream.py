@@ -43,7 +43,7 @@ def speak(
     piece: Piece,
     language: str,
     voice: tuple[Any, Any],
-    sampling: Mapping[str, float],
+    sampling: Mapping[str, Any],
     cancel: CancelToken,
 ) -> Iterator[Float32]:
     """Chunks of mono float32 in [-1, 1] at the model's rate, none of them empty.
