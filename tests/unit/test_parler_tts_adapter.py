@@ -229,12 +229,17 @@ def test_an_index_that_says_nothing_is_refused(tmp_path: Path, text: str) -> Non
         parler_pack.pack_folder("m", files)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_a_pickled_checkpoint_is_refused_with_the_way_to_convert_it(
-    tmp_path: Path, name: str
+def test_a_pickled_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    with pytest.raises(CorruptModel, match=r"voicepack-convert \S+/pytorch_model.bin --i-trust-it"):
+        parler_pack.pack_folder("m", pack(tmp_path, "pytorch_model.bin"))
+
+
+def test_pickled_shards_are_no_weights_and_no_command_turns_them_into_one_file(
+    tmp_path: Path,
 ) -> None:
-    with pytest.raises(CorruptModel, match="voicepack-convert"):
-        parler_pack.pack_folder("m", pack(tmp_path, name))
+    files = pack(tmp_path, "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(CorruptModel, match=r"model\.safetensors is missing"):
+        parler_pack.pack_folder("m", files)
 
 
 def test_files_of_two_folders_are_no_pack(tmp_path: Path) -> None:
@@ -348,6 +353,7 @@ class Engine:
         self.asked: list[str] = []
         self.said: list[tuple[str, object, float, int]] = []
         self.drawn = 0
+        self.on_draw: Callable[[int], object] = lambda count: None
         self.running = 0
         self.closed = False
 
@@ -385,6 +391,7 @@ class Engine:
             step(None)
             for draw in draws(ids)[: frames + 2]:
                 self.drawn += 1
+                self.on_draw(self.drawn)
                 if self.drawn == self.fails_at:
                     raise Internal("the model broke")
                 step(draw)
@@ -511,6 +518,16 @@ def test_cancelled_before_it_began_nothing_is_computed() -> None:
     cancel.cancel()
     assert not list(speak(model_of(engine), "Hello.", cancel=cancel))
     assert not engine.said
+
+
+def test_cancelled_before_its_first_sound_it_ends_at_that_step() -> None:
+    """Nothing was handed over yet, so that only a look at each step can end it."""
+    engine, cancel = Engine(100_000), CancelToken()
+    engine.on_draw = lambda count: cancel.cancel() if count == 5 else None
+    assert not list(speak(model_of(engine), "Hello. " * 20, "More.", cancel=cancel))
+    assert engine.drawn == 5
+    assert len(engine.said) == 1
+    assert not engine.running
 
 
 def test_closed_it_leaves_no_thread() -> None:

@@ -21,7 +21,7 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def brief_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, but after 151 frames (1.75 s) the pack allows no more."""
+    """The same, but after 91 frames (1.06 s) the pack allows no more."""
     from tests.families.parler.tiny import make_tiny_pack
 
-    return make_tiny_pack(tmp_path_factory.mktemp("parler") / "brief", max_length=160)
+    return make_tiny_pack(tmp_path_factory.mktemp("parler") / "brief", max_length=100)

@@ -14,7 +14,8 @@ import torch
 
 from src.audio.pcm import Float32
 from src.tts.adapters.adapter_parler_tts import ParlerTtsModel
-from src.tts.families.parler.frames import WindowDecoder, reach_of
+from src.tts.families.parler.engine import ParlerEngine
+from src.tts.families.parler.frames import Ids, WindowDecoder, reach_of
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.oracles import assert_frames_hold_all
 from tests.families.parler.packs import (
@@ -39,10 +40,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ParlerTtsModel:
     """Speech that ends by itself, after a second or two."""
     folder = tmp_path_factory.mktemp("kinds") / request.param
-    return make_tiny_pack(folder, end_gain=4.0, min_steps=40, **KINDS[request.param])
+    return load(make_tiny_pack(folder, end_gain=4.0, min_steps=40, **KINDS[request.param]))
 
 
 @pytest.fixture(scope="module")
@@ -70,47 +73,52 @@ def by_the_package(model: ParlerTtsModel, seed: int) -> Float32:
     return out
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_stream_says_what_the_packages_own_call_says(kind: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_stream_says_what_the_packages_own_call_says(kind: ParlerTtsModel, seed: int) -> None:
     """With the description's states from the cache, frames undelayed and windows put together."""
-    model = load(kind)
-    whole = by_the_package(model, seed)
+    whole = by_the_package(kind, seed)
     torch.manual_seed(seed)
     spec = VoiceSpec("", "", {"description": DESCRIPTION, "temperature": "1.0"})
-    streamed = said(model, TEXT, spec)
-    assert 10 * HOP < whole.size < model._engine.frames(4_000) * HOP
+    streamed = said(kind, TEXT, spec)
+    assert 10 * HOP < whole.size < kind._engine.frames(4_000) * HOP
     assert streamed.size == whole.size
     assert decibels(streamed - whole, whole) < -90
 
 
-def test_a_description_is_kept_as_it_was(kind: Path) -> None:
+def drawn_greedily(engine: ParlerEngine, state: object, frames: int) -> Ids:
+    """(codebooks, steps) of TEXT."""
+    draws: list[Ids] = []
+    engine.generate(
+        TEXT,
+        state,
+        temperature=0.0,
+        frames=frames,
+        step=lambda draw: None if draw is None else draws.append(draw),
+    )
+    return np.stack(draws, axis=1)
+
+
+def test_a_description_is_kept_as_it_was(kind: ParlerTtsModel) -> None:
     """The package writes the text behind the description that it is given."""
-    model = load(kind)
-    before = model._engine.describe(DESCRIPTION).clone()
-    first = said(model, TEXT, VoiceSpec("", "", {"description": DESCRIPTION, "temperature": "0"}))
-    again = said(model, TEXT, VoiceSpec("", "", {"description": DESCRIPTION, "temperature": "0"}))
-    assert torch.equal(before, model._engine.describe(DESCRIPTION))
-    assert np.array_equal(first, again)
+    engine = kind._engine
+    state = engine.describe(DESCRIPTION)
+    before = state.clone()
+    first = drawn_greedily(engine, state, 30)
+    assert first.shape[1] >= 30
+    assert np.array_equal(first, drawn_greedily(engine, state, 30))
+    assert torch.equal(before, state)
 
 
-def test_a_cached_step_is_the_full_pass(kind: Path) -> None:
+def test_a_cached_step_is_the_full_pass(kind: ParlerTtsModel) -> None:
     """Every step's logits, from its cache, are those of one pass over everything drawn."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    model = load(kind)
-    engine, inner = model._engine, torch_model(load(kind))
-    draws: list[Any] = []
+    engine, inner = kind._engine, torch_model(kind)
     state = engine.describe(DESCRIPTION)
-    with listening(model) as logits:
-        engine.generate(
-            TEXT,
-            state,
-            temperature=0.0,
-            frames=60,
-            step=lambda draw: None if draw is None else draws.append(draw),
-        )
+    with listening(kind) as logits:
+        draws = drawn_greedily(engine, state, 60)
     start = torch.full((CODEBOOKS, 1), CODES + 1)
-    drawn = torch.cat([start, torch.from_numpy(np.stack(draws, axis=1))], dim=1)
+    drawn = torch.cat([start, torch.from_numpy(draws)], dim=1)
     _, mask = inner.decoder.build_delay_pattern_mask(
         start, bos_token_id=CODES + 1, pad_token_id=CODES, max_length=60 + CODEBOOKS
     )
@@ -160,7 +168,7 @@ def test_the_released_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     narrow = functools.partial(wrapper.DAC, encoder_dim=4, decoder_dim=32)
     monkeypatch.setattr(wrapper, "DAC", narrow)
     codec = DACModel(DACConfig(num_codebooks=CODEBOOKS, codebook_size=CODES, latent_dim=16))
-    pack = make_tiny_pack(tmp_path / "released", audio=codec)
+    pack = make_tiny_pack(tmp_path / "released", audio=codec, max_length=100)
     config = json.loads((pack / "config.json").read_text())
     config["audio_encoder"]["model_type"] = "dac"
     edit_json(

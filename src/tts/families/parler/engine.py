@@ -10,18 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.audio.pcm import Float32
-from src.rpc.errors import CorruptModel, DuplexError, Internal, InvalidArgument, Unavailable
+from src.rpc.errors import CorruptModel, Internal, InvalidArgument
 from src.tts.families.parler.frames import Ids, reach_of
 from src.tts.families.parler.pack import DESCRIPTION_TOKENIZER
-from src.tts.families.torch_host import check_device, give_back_memory, well_behaved
+from src.tts.families.torch_host import (
+    check_device,
+    give_back_memory,
+    loading,
+    speaking,
+    well_behaved,
+)
 
 MAX_DESCRIPTIONS = 64
 """How many descriptions of sessions are remembered; those of voices are kept beside them."""
@@ -70,7 +75,7 @@ class ParlerEngine:
         import torch
 
         model = self._model
-        with torch.inference_mode(), self._failing_in_words():
+        with torch.inference_mode(), speaking(self._model_id):
             ids = self._tokens(self._descriptions, text)
             states = model.text_encoder(input_ids=ids).last_hidden_state
             # `generate` does this itself only if it runs the encoder.
@@ -94,7 +99,7 @@ class ParlerEngine:
         from transformers.modeling_outputs import BaseModelOutput
 
         sampling = {"do_sample": True, "temperature": temperature}
-        with torch.inference_mode(), self._failing_in_words():
+        with torch.inference_mode(), speaking(self._model_id):
             prompt = self._tokens(self._prompts, text)
             try:
                 self._model.generate(
@@ -116,7 +121,7 @@ class ParlerEngine:
         """(codebooks, frames) to frames * hop samples."""
         import torch
 
-        with torch.inference_mode(), self._failing_in_words():
+        with torch.inference_mode(), speaking(self._model_id):
             model = self._model
             codes = torch.from_numpy(ids)[None].to(model.device)
             scales = {"audio_scales": [None]} if model.use_audio_scales else {}
@@ -146,19 +151,6 @@ class ParlerEngine:
         allowed = int(model.generation_config.max_length or room)
         return max(_FEWEST_STEPS, min(frames + self.codebooks, allowed, room))
 
-    @contextmanager
-    def _failing_in_words(self) -> Iterator[None]:
-        import torch
-
-        try:
-            yield
-        except (DuplexError, SpeechEnded, _AllDrawn):
-            raise
-        except torch.OutOfMemoryError as error:
-            raise Unavailable(f"{self._model_id}: its device is out of memory") from error
-        except Exception as error:
-            raise Internal(f"{self._model_id} could not speak: {error!r}") from error
-
 
 class _AllDrawn(Exception):
     """No more steps. Raised so that `generate` does not decode what was decoded already."""
@@ -185,7 +177,7 @@ def open_engine(
     place = check_device(model_id, device)
     # It warns of flash attention that nobody asked for, of configs, of masks.
     logging.getLogger("parler_tts").setLevel(logging.ERROR)
-    with well_behaved(), _reading(model_id, device):
+    with well_behaved(), loading(model_id, device):
         prompts, descriptions = _tokenizers(folder)
         progress(0.1)
         model = _load_model(model_id, folder, _dtype(precision, place.type))
@@ -250,17 +242,3 @@ def _dtype(precision: str, device_type: str) -> Any:
     if precision == "auto":
         precision = "bfloat16" if device_type == "cuda" else "float32"
     return getattr(torch, precision)
-
-
-@contextmanager
-def _reading(model_id: str, device: str) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(f"{model_id} does not fit into the memory of {device}") from error
-    except (DuplexError, ImportError):
-        raise
-    except Exception as error:  # of four packages, which share no base
-        raise CorruptModel(f"{model_id}: its files cannot be read: {error!r}") from error

@@ -16,7 +16,7 @@ from typing import Any
 from src.common.config import ConfigError, read_yaml
 from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
 from src.tts.families.settings import Words
-from src.tts.families.torch_host import one_folder
+from src.tts.families.torch_host import one_folder, pickled
 
 DESCRIPTIONS = "descriptions.yaml"
 DESCRIPTION_TOKENIZER = "description_tokenizer"
@@ -89,12 +89,8 @@ def _weight_files(model_id: str, files: Mapping[str, Path]) -> list[str]:
         return [_WEIGHTS]
     if _INDEX in files:
         return _shards(model_id, files[_INDEX])
-    pickled = next((name for name in files if name.startswith(_PICKLED[:-4])), None)
-    if pickled is not None:
-        raise CorruptModel(
-            f"{model_id}: {pickled} is a pickled checkpoint, which may run any code, so it is not "
-            f"read. If you trust its maker: uv run just voicepack-convert {files[pickled]}"
-        )
+    if _PICKLED in files:
+        raise pickled(model_id, files[_PICKLED])
     raise CorruptModel(f"{model_id}: {_WEIGHTS} is missing (or {_INDEX} and the shards it names)")
 
 
