@@ -60,10 +60,11 @@ def _check_grpc(address: str) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     cert, key = os.environ.get(CERT_ENV), os.environ.get(KEY_ENV)
-    own = (cert, key) if cert and key else None
+    own = (cert, key) if cert and key else ()
     try:
+        files = tuple(map(_read, own))  # here, as ssl would not say which one is missing
         shown = _shown(address, own)
-        channel = _channel(address, shown, own)
+        channel = _channel(address, shown, files)
     except OSError as error:  # ssl's too: the certificate has expired, say
         raise NotReady(f"{address}: {error}") from error
     with channel:
@@ -77,9 +78,7 @@ def _check_grpc(address: str) -> None:
         raise NotReady(f"{address} is up and does not serve yet")
 
 
-def _channel(
-    address: str, shown: tuple[bytes, str] | None, own: tuple[str, str] | None
-) -> grpc.Channel:
+def _channel(address: str, shown: tuple[bytes, str] | None, own: tuple[bytes, ...]) -> grpc.Channel:
     import grpc
 
     direct = ("grpc.enable_http_proxy", 0)
@@ -87,13 +86,13 @@ def _channel(
         return grpc.insecure_channel(address, options=[direct])
     # This asks whether our own server lives, not who it is: what it showed is what we trust.
     certificate, name = shown
-    pair = (Path(own[1]).read_bytes(), Path(own[0]).read_bytes()) if own else (None, None)
-    credentials = grpc.ssl_channel_credentials(certificate, *pair)
+    cert, key = own or (None, None)
+    credentials = grpc.ssl_channel_credentials(certificate, key, cert)
     named = ("grpc.ssl_target_name_override", name)
     return grpc.secure_channel(address, credentials, options=[direct, named])
 
 
-def _shown(address: str, own: tuple[str, str] | None) -> tuple[bytes, str] | None:
+def _shown(address: str, own: tuple[str, ...]) -> tuple[bytes, str] | None:
     """The certificate (PEM) that is shown there, and a name that it is for; None: no TLS there.
 
     Raises OSError, ssl's included.
@@ -114,6 +113,10 @@ def _shown(address: str, own: tuple[str, str] | None) -> tuple[bytes, str] | Non
     with _handshake(context, address) as line:
         names = [pair[1] for pair in (line.getpeercert() or {}).get("subjectAltName", ())]
     return pem.encode(), str(names[0]) if names else ""
+
+
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def _handshake(context: ssl.SSLContext, address: str) -> ssl.SSLSocket:

@@ -8,15 +8,15 @@ worker that could not be reached over TLS is asked once more by it.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
 
-from src.common.tasks import timeout
-
 PROBE_S = 2.0
+"""For each of: connecting, the handshake, its answer."""
 
 # OpenSSL's X509_V_ERR_… (x509_vfy.h).
 _NOT_YET_VALID, _EXPIRED = 9, 10
@@ -71,26 +71,26 @@ class ClientTls:
         if not port.isdigit():
             return ""
         try:
-            async with timeout(PROBE_S):
-                return await self._try(host.strip("[]"), int(port))
-        except (OSError, asyncio.TimeoutError):
+            return await asyncio.to_thread(self._try, host.strip("[]"), int(port))
+        except OSError:
             return ""
 
-    async def _try(self, host: str, port: int) -> str:
-        try:
-            reader, writer = await asyncio.open_connection(host, port, ssl=self._context)
-        except ssl.SSLCertVerificationError as error:
-            return self._distrust(error, host)
-        except ssl.SSLError as error:
-            return f"it does not speak TLS ({error.reason}): give it worker.tls.cert and key"
-        try:
-            # With TLS 1.3 we are through before it has looked at our certificate. If it likes it,
-            # HTTP/2's settings follow; if not, gRPC hangs up without a word.
-            return "" if await reader.read(1) else self._unwelcome()
-        except (ssl.SSLError, ConnectionError):
-            return self._unwelcome()
-        finally:
-            writer.close()
+    def _try(self, host: str, port: int) -> str:
+        """Raises OSError for what is not about TLS, a timeout among it."""
+        with socket.create_connection((host, port), PROBE_S) as raw:
+            try:
+                line = self._context.wrap_socket(raw, server_hostname=host)
+            except ssl.SSLCertVerificationError as error:
+                return self._distrust(error, host)
+            except ssl.SSLError as error:
+                return f"it does not speak TLS ({error.reason}): give it worker.tls.cert and key"
+            with line:
+                # With TLS 1.3 we are through before it has looked at our certificate. If it likes
+                # it, HTTP/2's settings follow; if not, gRPC hangs up without a word.
+                try:
+                    return "" if line.recv(1) else self._unwelcome()
+                except (ssl.SSLError, ConnectionError):
+                    return self._unwelcome()
 
     def _distrust(self, error: ssl.SSLCertVerificationError, host: str) -> str:
         code, said, ca = error.verify_code, error.verify_message, self._names["ca"]
