@@ -191,12 +191,10 @@ class Melo:
     def import_package(self) -> None:
         import transformers.models.bert.modeling_bert  # noqa: F401
 
-        from src.tts.families.melo.network import find_sources, importable
+        from src.tts.families.melo.sources import SOURCE
 
-        sources = find_sources()
-        assert sources is not None, "MELO_HOME names no checkout"
-        with importable(sources):
-            import melo.models  # noqa: F401
+        SOURCE.offer()
+        import melo.models  # noqa: F401
 
     def loading(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -16,6 +16,7 @@ from src.tts.adapters import adapter_melo as adapter
 from src.tts.adapters.adapter_melo import MeloAdapter
 from src.tts.catalog import ModelMeta
 from src.tts.families.espeak.engine import EngineUnavailable, EspeakEngine
+from src.tts.families.melo import sources
 from src.tts.families.melo.english import (
     MAX_TOKENS,
     Dictionary,
@@ -26,7 +27,7 @@ from src.tts.families.melo.english import (
     symbol_and_tone,
 )
 from src.tts.families.melo.guess import EspeakGuess, arpabet
-from src.tts.families.melo.network import HOME, find_sources, importable
+from src.tts.families.melo.sources import HOME, package_folder
 from src.tts.tts_base import MissingPackage
 
 SAID = {"HELLO": "HH AH0 - L OW1", "FIVE": "F AY1 V", "T": "T IY1", "DON": "D AA1 N"}
@@ -262,69 +263,54 @@ def test_phonemes_of_several_clauses_and_of_no_voice() -> None:
 
 
 def checkout(folder: Path) -> Path:
-    for name in ("models.py", "text/cmudict.rep", "text/english_utils/number_norm.py"):
-        path = folder / "melo" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    path = folder / "melo" / "text" / "cmudict.rep"
+    path.parent.mkdir(parents=True)
+    path.touch()
     return folder
 
 
-def test_the_sources_are_where_the_variable_says(
+@pytest.fixture
+def all_but_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MODULES", ())
+
+
+@pytest.mark.usefixtures("all_but_the_package")
+def test_the_package_is_where_the_variable_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOME, str(checkout(tmp_path)))
-    assert find_sources() == tmp_path / "melo"
-    (tmp_path / "melo" / "text" / "cmudict.rep").unlink()
-    assert find_sources() is None
+    assert package_folder() == tmp_path / "melo"
+    MeloAdapter().check_installed()
 
 
-def test_without_the_variable_they_are_where_python_finds_them(
+@pytest.mark.usefixtures("all_but_the_package")
+def test_a_variable_that_names_no_checkout_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(HOME, raising=False)
-    monkeypatch.delitem(sys.modules, "melo", raising=False)
-    monkeypatch.syspath_prepend(str(checkout(tmp_path)))
-    (tmp_path / "melo" / "__init__.py").touch()
-    assert find_sources() == tmp_path / "melo"
-
-
-def test_what_is_missing_is_told_with_the_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(MissingPackage, match=r"uv sync --extra melo"):
-            adapter_for("melo").check_installed()
-    monkeypatch.setattr(adapter, "MODULES", ())
     monkeypatch.setenv(HOME, str(tmp_path))
-    with pytest.raises(MissingPackage, match=r"checkout 2091453 && export MELO_HOME="):
+    lacks = f"there is no melo/text/cmudict.rep in {tmp_path}, which MELO_HOME names$"
+    with pytest.raises(MissingPackage, match=lacks):
         MeloAdapter().check_installed()
-    with pytest.raises(MissingPackage):
+    with pytest.raises(MissingPackage, match=lacks):
         MeloAdapter().load(ModelMeta(model_id="m", family="melo"), {}, "cpu", lambda _: None)
 
 
-def test_inside_the_sources_are_importable_and_afterwards_no_path_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    paths, writes = list(sys.path), sys.dont_write_bytecode
-    seen = []
-
-    def fail() -> None:
-        seen.append((sys.path[0], sys.dont_write_bytecode))
-        raise ImportError("planned")
-
-    with pytest.raises(ImportError, match="planned"), importable(tmp_path / "melo"):
-        fail()
-    assert seen == [(str(tmp_path), True)]
-    assert (sys.path, sys.dont_write_bytecode) == (paths, writes)
+def test_what_is_missing_is_told_with_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HOME, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=r"uv sync --extra melo"):
+        adapter_for("melo").check_installed()
+    monkeypatch.setattr(sources, "MODULES", ())
+    monkeypatch.delitem(sys.modules, "melo", raising=False)
+    with pytest.raises(MissingPackage, match=r"checkout 2091453 && export MELO_HOME=.* newer\)$"):
+        MeloAdapter().check_installed()
 
 
 # --- refusals before anything is loaded ---
 
 
 def load(monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], **changes: Any) -> None:
-    monkeypatch.setattr(adapter, "_sources", lambda: Path("nowhere"))
+    monkeypatch.setattr(adapter, "package_folder", lambda: Path("nowhere"))
     meta = ModelMeta(model_id="melo-en", family="melo", **changes)
     MeloAdapter().load(meta, files, "cpu", lambda _: None)
 

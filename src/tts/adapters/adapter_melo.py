@@ -19,26 +19,20 @@ from src.rpc.errors import CorruptModel, InvalidArgument, UnknownName
 from src.tts.catalog import ModelMeta
 from src.tts.families.espeak.engine import EngineUnavailable
 from src.tts.families.joins import Joiner
+from src.tts.families.melo.bounds import Stopped
+from src.tts.families.melo.chance import new_generator
 from src.tts.families.melo.english import Dictionary, English, WordPiece, package_rules, spell
 from src.tts.families.melo.guess import EspeakGuess
-from src.tts.families.melo.network import (
-    Network,
-    Pack,
-    Sound,
-    Stopped,
-    find_sources,
-    importable,
-    open_network,
-)
+from src.tts.families.melo.network import Network, Pack, Sound, open_network
+from src.tts.families.melo.sources import FAMILY, INSTALL, SOURCE, package_folder
 from src.tts.families.settings import (
     Range,
     helps,
     known_language,
     known_voice,
     read_settings,
-    require_modules,
 )
-from src.tts.families.torch_host import check_device, give_back_memory, well_behaved
+from src.tts.families.torch_host import check_device, give_back_memory, speaking, well_behaved
 from src.tts.tts_base import (
     AdapterCapabilities,
     CancelToken,
@@ -49,11 +43,6 @@ from src.tts.tts_base import (
 )
 from src.tts.words import estimate_words
 
-INSTALL = (
-    "uv sync --extra melo && git clone https://github.com/myshell-ai/MeloTTS && "
-    "git -C MeloTTS checkout 2091453 && export MELO_HOME=$PWD/MeloTTS  (Python 3.11 or newer)"
-)
-MODULES = ("torch", "transformers", "tokenizers", "numba", "inflect")
 BERT = "bert-base-uncased"
 _BERT_FILES = ("config.json", "model.safetensors", "vocab.txt")
 _MARKS = ("_", "UNK")
@@ -63,6 +52,7 @@ _SETTINGS = {
     "noise": Range(0.0, 1.0, 0.6, "variation of the sound"),
     "noise_w": Range(0.0, 1.5, 0.8, "variation of the rhythm; noise 0 too: the same every time"),
     "sdp_ratio": Range(0.0, 1.0, 0.2, "how much of the rhythm is drawn, the rest being steady"),
+    "seed": Range(0, 2**31 - 1, 0, "draws the same sounds again; 0 draws others each time"),
 }
 
 # What the other languages' text front ends want, besides a voice pack each.
@@ -77,11 +67,11 @@ _CALLED = {"ja": "jp", "ko": "kr", "sp": "es"}
 
 
 class MeloAdapter:
-    family = "melo"
+    family = FAMILY
     capabilities = AdapterCapabilities(cpu_ok=True, settings=helps(_SETTINGS))
 
     def check_installed(self) -> None:
-        _sources()
+        package_folder()
 
     def load(
         self,
@@ -94,9 +84,9 @@ class MeloAdapter:
         them. An entry's `settings` may hold the session's keys, as defaults.
 
         Raises besides: InvalidArgument for a language but English and for a device that does not
-        exist.
+        exist, Unavailable where memory is short.
         """
-        sources = _sources()
+        sources = package_folder()
         read_settings(_SETTINGS, meta.settings)
         for language in meta.languages:
             _only_english(meta.model_id, language)
@@ -104,7 +94,8 @@ class MeloAdapter:
         bert = _bert_folder(meta.model_id, files)
         speakers = _speakers(meta, config)
         where = check_device(meta.model_id, device or "cpu")
-        with well_behaved(), importable(sources):
+        with well_behaved():
+            SOURCE.offer()
             tokenizer = _tokenizer(meta.model_id, bert)
             english, guess = _english(sources, tokenizer, config["symbols"])
             progress(0.3)
@@ -132,6 +123,7 @@ class MeloModel:
         speakers: Mapping[str, int],
         device: str,
     ) -> None:
+        self._model_id = meta.model_id
         self._english = english
         self._guess = guess
         self._network = network
@@ -151,13 +143,15 @@ class MeloModel:
     def stream(
         self, segments: Iterable[Segment], spec: VoiceSpec, cancel: CancelToken
     ) -> Iterator[PcmChunk]:
-        """One chunk for a segment. Raises as `check_voice` does, and Internal."""
+        """One chunk for a segment. Raises as `check_voice` and `speaking` do."""
         spec = self.check_voice(spec)
-        sound = Sound(self._speakers[spec.voice], **read_settings(_SETTINGS, spec.settings))
+        values = read_settings(_SETTINGS, spec.settings)
+        chance = new_generator(int(values.pop("seed")))
+        sound = Sound(self._speakers[spec.voice], **values)
         joiner = Joiner(self.native_sample_rate)
         for segment in segments:
             try:
-                samples = self._speak(segment.text, sound, cancel)
+                samples = self._speak(segment.text, sound, chance, cancel)
             except Stopped:
                 return
             words = estimate_words(
@@ -172,25 +166,17 @@ class MeloModel:
         _close(self._guess)
         give_back_memory(self._device)
 
-    def _speak(self, text: str, sound: Sound, cancel: CancelToken) -> Float32:
+    def _speak(self, text: str, sound: Sound, chance: Any, cancel: CancelToken) -> Float32:
         """Raises Stopped when cancelled, at the latest at the network's next layer."""
         said: list[Float32] = [np.empty(0, dtype=np.float32)]
-        for run in self._english.read(text):
-            if cancel.cancelled:
-                raise Stopped
-            said.append(self._network.say(run, sound, cancel))
+        with speaking(self._model_id):
+            for run in self._english.read(text):
+                if cancel.cancelled:
+                    raise Stopped
+                said.append(self._network.say(run, sound, chance, cancel))
         if cancel.cancelled:
             raise Stopped
         return np.concatenate(said)
-
-
-def _sources() -> Path:
-    """Raises MissingPackage."""
-    require_modules(MeloAdapter.family, MODULES, INSTALL)
-    sources = find_sources()
-    if sources is None:
-        raise MissingPackage(MeloAdapter.family, INSTALL)
-    return sources
 
 
 def _only_english(model_id: str, language: str) -> None:
@@ -271,7 +257,7 @@ def _english(
     try:
         dictionary = Dictionary.read(sources / "text" / "cmudict.rep")
     except (OSError, ValueError) as error:
-        raise MissingPackage(MeloAdapter.family, INSTALL) from error
+        raise MissingPackage(FAMILY, INSTALL) from error
     try:
         guess = EspeakGuess()
     except EngineUnavailable:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from src.tts.families.melo.network import find_sources
+from src.tts.families.melo.sources import SOURCE
 from tests.families import left_out_without
 
 collect_ignore_glob = left_out_without("torch", "transformers", "numba", "inflect")
 # What stands beside the family: the parts of the torch families that need torch and no package.
-if not collect_ignore_glob and find_sources() is None:
+if not collect_ignore_glob and SOURCE.find() is None:
     collect_ignore_glob = ["test_melo_*.py"]
 
 

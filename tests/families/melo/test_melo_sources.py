@@ -24,8 +24,11 @@ import torch
 
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
 from src.tts.catalog import ModelMeta
+from src.tts.families.melo.bounds import Stopped
+from src.tts.families.melo.chance import new_generator
 from src.tts.families.melo.english import Dictionary, English, spell
-from src.tts.families.melo.network import Sound, Stopped, find_sources, importable
+from src.tts.families.melo.network import Sound
+from src.tts.families.melo.sources import SOURCE, package_folder
 from src.tts.tts_base import CancelToken
 from tests.families.melo.tiny import files_of, make_net
 
@@ -76,11 +79,10 @@ def package(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Packag
     """Its English module and the one that asks BERT, out of a copy, with what they want at hand."""
     import transformers
 
-    sources = find_sources()
-    assert sources is not None
+    SOURCE.offer()
     folder = tmp_path_factory.mktemp("package")
     bert = str(tiny_pack / "bert-base-uncased")
-    with pytest.MonkeyPatch.context() as patch, importable(sources):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "g2p_en", module_of("g2p_en", G2p=lambda: said))
         japanese = module_of("melo.text.japanese", distribute_phone=distribute_phone)
         patch.setitem(sys.modules, "melo.text.japanese", japanese)
@@ -91,7 +93,7 @@ def package(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Packag
                 "from_pretrained",
                 lambda name, real=real: real(bert, local_files_only=True),
             )
-        text = sources / "text"
+        text = package_folder() / "text"
         copied(text / "cmudict.rep", folder)
         english = loaded("melo.text.english", copied(text / "english.py", folder))
         states = loaded("melo.text.english_bert", copied(text / "english_bert.py", folder))
@@ -149,9 +151,8 @@ def test_berts_states_are_the_packages(model: MeloModel, package: Package, index
 
 
 def test_every_entry_of_the_dictionary_is_read_alike(package: Package) -> None:
-    sources = find_sources()
-    assert sources is not None
-    ours, theirs = Dictionary.read(sources / "text" / "cmudict.rep"), package.english.eng_dict
+    ours = Dictionary.read(package_folder() / "text" / "cmudict.rep")
+    theirs = package.english.eng_dict
     assert len(ours) == len(theirs) > 100_000
     assert [word for word in theirs if ours.say(word) != list(chain(*theirs[word]))] == []
 
@@ -189,7 +190,7 @@ def test_the_sound_is_that_of_the_packages_call(
             length_scale=1 / speed,
         )[0][0, 0].numpy()
     sound = Sound(speaker=3, speed=speed, noise=0.0, noise_w=0.0, sdp_ratio=sdp_ratio)
-    ours = network.say(run, sound, CancelToken())
+    ours = network.say(run, sound, new_generator(1), CancelToken())
     assert theirs.std() > 0.01
     np.testing.assert_allclose(ours, np.clip(theirs, -1, 1), atol=2e-4)
 
@@ -202,7 +203,7 @@ def test_a_run_ends_at_its_next_layer(model: MeloModel) -> None:
     try:
         (run,) = model._english.read(TEXTS[0])
         with pytest.raises(Stopped):
-            model._network.say(run, Sound(0, 1.0, 0.0, 0.0, 0.2), cancel)
+            model._network.say(run, Sound(0, 1.0, 0.0, 0.0, 0.2), None, cancel)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from src.tts.families.melo.network import BERT_WIDTH, find_sources, importable
+from src.tts.families.melo.network import BERT_WIDTH
+from src.tts.families.melo.sources import SOURCE
 from src.tts.families.torch_host import well_behaved
 
 VOICES = {"EN-US": 0, "EN-BR": 1, "EN_INDIA": 2, "EN-AU": 3, "EN-Default": 4}
@@ -34,10 +35,9 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def make_net(config: dict[str, Any]) -> Any:
     """The package's own network, as `melo.api` makes it."""
-    sources = find_sources()
-    assert sources is not None
-    with importable(sources):
-        from melo.models import SynthesizerTrn
+    SOURCE.offer()
+    from melo.models import SynthesizerTrn
+
     data = config["data"]
     return SynthesizerTrn(
         len(config["symbols"]),
@@ -73,10 +73,9 @@ def _make_bert(folder: Path) -> None:
 
 
 def _config(size: int) -> dict[str, Any]:
-    sources = find_sources()
-    assert sources is not None
-    with importable(sources):
-        from melo.text import num_languages, num_tones, symbols
+    SOURCE.offer()
+    from melo.text import num_languages, num_tones, symbols
+
     return {
         "train": {"segment_size": 16384},
         "data": {
