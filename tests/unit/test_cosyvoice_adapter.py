@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from src.tts.families.cosyvoice2.plan import (
     stretched,
 )
 from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner, Vocoder
+from src.tts.generation import Stopped
 from src.tts.paced_words import PacedWords, WordPace
 from src.tts.tts_base import CancelToken, MissingPackage, PcmChunk, Segment, VoiceSpec
 
@@ -53,25 +54,70 @@ def test_without_the_package_check_and_load_name_the_family_and_the_way_to_it(
         assert "uv sync --extra cosyvoice" in error.value.install
 
 
+def checkout(folder: Path, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+SPEAKS, HELPS = "cosyvoice/cli/model.py", "third_party/Matcha-TTS/matcha/utils/audio.py"
+
+
+@pytest.fixture
+def _all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.machinery.ModuleSpec("torch", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+@pytest.mark.usefixtures("_all_modules")
+def test_a_variable_that_names_another_folder_is_told_what_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cosyvoice").mkdir()  # what a release of the weights might be called
+    monkeypatch.setenv("COSYVOICE_HOME", str(tmp_path))
+    wanted = f"no {SPEAKS} in {tmp_path}, which COSYVOICE_HOME names"
+    with pytest.raises(MissingPackage, match=wanted) as told:
+        adapter_for("cosyvoice2").check_installed()
+    assert "git clone" in told.value.install
+
+
+@pytest.mark.usefixtures("_all_modules")
 def test_a_checkout_without_its_submodule_is_told_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    spec = importlib.machinery.ModuleSpec("torch", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    (tmp_path / "cosyvoice" / "cli").mkdir(parents=True)
-    monkeypatch.setenv("COSYVOICE_HOME", str(tmp_path))
-    with pytest.raises(MissingPackage, match="submodule update --init third_party/Matcha-TTS"):
+    monkeypatch.setenv("COSYVOICE_HOME", str(checkout(tmp_path, SPEAKS)))
+    command = f"run: git -C {tmp_path} submodule update --init third_party/Matcha-TTS$"
+    with pytest.raises(MissingPackage, match=command):
         adapter_for("cosyvoice2").check_installed()
-    (tmp_path / "third_party" / "Matcha-TTS" / "matcha").mkdir(parents=True)
+    checkout(tmp_path, HELPS)
+    adapter_for("cosyvoice2").check_installed()
+
+
+@pytest.mark.usefixtures("_nothing_named")
+def test_both_may_lie_on_the_path_as_in_an_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkout(tmp_path, SPEAKS, HELPS)
+    real = importlib.util.find_spec
+    ours = ("cosyvoice", "matcha")
+    there = importlib.machinery.ModuleSpec("torch", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: real(name) if name in ours else there
+    )
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingPackage, match="git clone"):
+        adapter_for("cosyvoice2").check_installed()
+    monkeypatch.syspath_prepend(tmp_path / "third_party" / "Matcha-TTS")
     adapter_for("cosyvoice2").check_installed()
 
 
 def test_a_checkout_is_not_enough_without_what_it_imports(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for folder in ("cosyvoice/cli", "third_party/Matcha-TTS/matcha"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setenv("COSYVOICE_HOME", str(tmp_path))
+    monkeypatch.setenv("COSYVOICE_HOME", str(checkout(tmp_path, SPEAKS, HELPS)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="uv sync --extra cosyvoice"):
         adapter_for("cosyvoice2").check_installed()
@@ -189,6 +235,7 @@ class FakeEngine:
         self.open_runs = 0
         self.closed = False
         self.per_run: list[int] = []
+        self.in_vocoder: Callable[[], object] = lambda: None
 
     def prompt(self, voice: str) -> int:
         return 0
@@ -221,8 +268,11 @@ class FakeEngine:
         finally:
             self.open_runs -= 1
 
-    def vocoder(self, manner: Manner) -> Vocoder:
+    def vocoder(self, manner: Manner, cancel: CancelToken) -> Vocoder:
         def sound(tokens: Sequence[int], offset: int, *, final: bool) -> Float32:
+            self.in_vocoder()
+            if cancel.cancelled:
+                raise Stopped
             own = len(tokens) - offset - (0 if final else self.look_ahead)
             self.per_run.append(own)
             return np.full(own * PER_TOKEN, 0.1, np.float32)
@@ -261,6 +311,15 @@ def test_a_cancel_ends_the_drawing_of_tokens() -> None:
     assert list(stream) == []
     assert engine.drawn <= drawn + 1
     assert engine.open_runs == 0
+
+
+@pytest.mark.parametrize("length", [40, 20], ids=["first chunk", "last chunk"])
+def test_a_cancel_while_sound_is_made_ends_the_stream_without_an_error(length: int) -> None:
+    engine, cancel = FakeEngine(length, 40), CancelToken()
+    engine.in_vocoder = cancel.cancel
+    assert say(engine, "word " * 20, "More.", cancel=cancel) == []
+    assert engine.open_runs == 0
+    assert engine.lengths == [40], "the next segment is no run any more"
 
 
 def test_a_stream_that_is_closed_closes_its_run() -> None:

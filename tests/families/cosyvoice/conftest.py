@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def _process() -> Any:
     root = logging.getLogger()
     drawn = random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index]
     handlers = [handler for handler in root.handlers if "pytest" not in type(handler).__module__]
-    return root.level, handlers, drawn, torch.get_rng_state().tolist()
+    return root.level, handlers, drawn, torch.initial_seed(), list(sys.path)
 
 
 @pytest.fixture(scope="session")

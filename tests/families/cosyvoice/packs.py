@@ -13,7 +13,7 @@ import numpy as np
 from src.audio.pcm import Float32
 from src.tts.adapters.adapter_cosyvoice2 import CosyVoice2Adapter
 from src.tts.catalog import ModelMeta
-from src.tts.families.cosyvoice2.speech import CosyVoice2Model
+from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 
 
@@ -61,3 +61,11 @@ def chunks(
 
 def sound(found: Iterable[PcmChunk]) -> Float32:
     return np.concatenate([chunk.samples for chunk in found])
+
+
+def engine_of(model: CosyVoice2Model) -> Any:
+    return model._engine
+
+
+def drawn(model: CosyVoice2Model, text: str, manner: Manner) -> list[int]:
+    return list(engine_of(model).tokens(text, manner))

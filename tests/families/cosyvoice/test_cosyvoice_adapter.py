@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,7 @@ from src.tts.families.cosyvoice2.plan import longest
 from src.tts.families.cosyvoice2.speech import CosyVoice2Model, Manner
 from src.tts.tts_base import CancelToken, Segment, VoiceSpec
 from tests.families.cosyvoice.conftest import Manners
-from tests.families.cosyvoice.packs import chunks, load, sound, spec
+from tests.families.cosyvoice.packs import chunks, drawn, engine_of, load, sound, spec
 from tests.families.oracles import assert_frames_hold_all
 
 torch = pytest.importorskip("torch")
@@ -29,14 +27,6 @@ TEXT = "Hello there."
 PER_TOKEN = 960
 FADE = 8 * 480
 LIVELY_S = 60.0
-
-
-def engine_of(model: CosyVoice2Model) -> Any:
-    return model._engine
-
-
-def drawn(model: CosyVoice2Model, text: str, manner: Manner) -> list[int]:
-    return list(engine_of(model).tokens(text, manner))
 
 
 # --- speaking ---
@@ -243,99 +233,6 @@ def test_who_waits_for_text_keeps_nobody_from_speaking(model: CosyVoice2Model) -
         assert not waiting.done()
         more.set()
         assert sound(waiting.result(LIVELY_S)).size
-
-
-# --- endings ---
-
-
-def left_behind(model: CosyVoice2Model) -> list[Any]:
-    package = engine_of(model)._model
-    kept = (package.hift_cache_dict, package.tts_speech_token_dict, package.llm_end_dict)
-    return [key for store in kept for key in store]
-
-
-@pytest.mark.parametrize("how", ["clauses", "flowing"])
-def test_after_a_cancel_nothing_runs_and_nothing_is_left(
-    model: CosyVoice2Model, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    before, cancel = threading.active_count(), CancelToken()
-    stream = model.stream([Segment(TEXT * 4, 0)], spec(text=how), cancel)
-    next(stream)
-    steps = _count_steps(model, monkeypatch)
-    cancel.cancel()
-    assert list(stream) == []
-    assert len(steps) <= 1, "the step that was under way, and no more"
-    assert threading.active_count() == before
-    assert not left_behind(model)
-    assert not engine_of(model)._lock.locked()
-
-
-def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(model: CosyVoice2Model) -> None:
-    for how in ("clauses", "flowing"):
-        assert chunks(model, TEXT * 4, spec(text=how), most=1)
-        assert not left_behind(model)
-        assert not engine_of(model)._lock.locked()
-
-
-@pytest.mark.parametrize("how", ["clauses", "flowing"])
-def test_an_error_of_the_language_model_is_its_listener_s(
-    model: CosyVoice2Model, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """The package's consumer polls for ever for tokens that nobody makes."""
-    encoder = type(engine_of(model)._model.llm.llm)
-    real, steps = encoder.forward_one_step, []
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
-        if len(steps) > 5:
-            raise RuntimeError("CUDA error: device-side assert")
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder, "forward_one_step", fail)
-        with pytest.raises(RuntimeError, match="device-side"):
-            chunks(model, TEXT, spec(text=how))
-    assert not engine_of(model)._lock.locked()
-    assert sound(chunks(model, TEXT, spec(text=how))).size
-
-
-def _count_steps(model: CosyVoice2Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    encoder = type(engine_of(model)._model.llm.llm)
-    real, steps = encoder.forward_one_step, list[int]()
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(encoder, "forward_one_step", step)
-    return steps
-
-
-def test_twenty_utterances_leave_no_tensor_behind(model: CosyVoice2Model) -> None:
-    def tensors() -> int:
-        gc.collect()
-        return sum(torch.is_tensor(found) for found in gc.get_objects())
-
-    chunks(model, "Hi.", most=1)
-    before = tensors()
-    for number in range(20):
-        chunks(model, "Hi.", spec(text="flowing" if number % 2 else "clauses"), most=1)
-    assert tensors() <= before + 2
-
-
-def test_an_unloaded_model_is_gone(pack: Path) -> None:
-    from cosyvoice.tokenizer.tokenizer import get_qwen_tokenizer
-
-    model = load(pack)
-    assert chunks(model, TEXT, most=1)
-    package = engine_of(model)._model
-    watched = [weakref.ref(part) for part in (package.llm, package.flow, package.hift)]
-    watched.append(weakref.ref(engine_of(model)._frontend.tokenizer))
-    del package
-    model.unload()
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * 4
-    assert get_qwen_tokenizer.cache_info().currsize == 0
 
 
 # --- manners ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,13 @@ def test_weights_are_float32_whatever_the_folder_holds(model: CosyVoice2Model) -
     assert {p.dtype for p in hidden(model).llm.parameters()} == {torch.float32}
 
 
+def test_the_flow_begins_with_the_release_s_noise(model: CosyVoice2Model) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # as its `set_all_random_seed(0)` does
+        published = torch.randn([1, 80, 50 * 300])
+    assert torch.equal(hidden(model).flow.decoder.rand_noise, published)
+
+
 def test_a_draw_is_the_package_s_draw() -> None:
     from cosyvoice.utils.common import ras_sampling
 
@@ -123,9 +132,13 @@ def test_another_speed_in_chunks_is_that_speed_in_one_go(speed: float) -> None:
     assert abs(torch.cat(parts, 2).shape[2] - 150 / speed) <= 1
 
 
-def test_the_sources_are_those_that_are_named(model: CosyVoice2Model) -> None:
-    import os
-    import sys
-
+@pytest.mark.parametrize(
+    ("module", "under"),
+    [("cosyvoice.cli.model", "cosyvoice"), ("matcha.utils.audio", "third_party/Matcha-TTS")],
+)
+def test_the_sources_are_those_that_are_named(
+    model: CosyVoice2Model, module: str, under: str
+) -> None:
     if home := os.environ.get("COSYVOICE_HOME"):
-        assert Path(sys.modules["cosyvoice.cli.model"].__file__ or "").is_relative_to(home)
+        place = Path(sys.modules[module].__file__ or "")
+        assert place.is_relative_to(Path(home).expanduser() / under)

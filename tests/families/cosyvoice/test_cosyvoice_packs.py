@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from src.rpc.errors import CorruptModel, DuplexError, InvalidArgument, UnknownName
+from src.rpc.errors import CorruptModel, DuplexError, InvalidArgument, Unavailable, UnknownName
 from src.tts.families.cosyvoice2.pack import NEEDED
 from tests.families.cosyvoice.packs import changed, chunks, files_of, load, rewrite
 from tests.families.cosyvoice.tiny import record
@@ -84,6 +84,7 @@ def a_preset_of_another_family(copy: Path) -> None:
     ("change", "said"),
     [
         (truncated("llm.pt"), "llm.pt cannot be read"),
+        (truncated("CosyVoice-BlankEN/model.safetensors"), "its files cannot be read"),
         (truncated("campplus.onnx"), "campplus.onnx cannot be loaded"),
         (pickled, "pickled objects.*voicepack-convert"),
         (another_size, r"hift.pt is not what cosyvoice2.yaml describes"),
@@ -96,6 +97,22 @@ def test_a_damaged_file_is_named(
 ) -> None:
     with pytest.raises(CorruptModel, match=said):
         load(changed(pack, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["torch.nn.Module.to", "src.tts.families.cosyvoice2.frontend._speaker_of"],
+    ids=["weights", "voices"],
+)
+def test_memory_that_runs_out_while_loading_is_no_corrupt_model(
+    pack: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(Unavailable, match="cosyvoice2-tiny does not fit into the memory of cpu"):
+        load(pack)
 
 
 def recording(seconds: float, *, channels: int = 1, level: float = 0.3) -> Callable[[Path], None]:

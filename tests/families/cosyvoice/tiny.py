@@ -38,7 +38,7 @@ def make_tiny_pack(folder: Path, *, mean_tokens: int = 60, seed: int = 0) -> Pat
     with well_behaved():
         package = import_package()
         torch.manual_seed(seed)
-        model = opening._make_model(package, "tiny", folder / LANGUAGE_MODEL, SIZES, HIDDEN)
+        model = opening._make_model(package, folder / LANGUAGE_MODEL, SIZES, HIDDEN)
     with torch.no_grad():
         _enlarge(model.llm, mean_tokens)
     torch.save(model.llm.state_dict(), folder / "llm.pt")

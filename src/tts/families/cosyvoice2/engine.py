@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.audio.pcm import Float32
-from src.tts.families.cosyvoice2.layers import Sampler, StretchedFlow
+from src.tts.families.cosyvoice2.layers import Sampler, Stops, StretchedFlow
 from src.tts.families.cosyvoice2.plan import END_OF_PROMPT
 from src.tts.families.cosyvoice2.speech import Manner, Vocoder
-from src.tts.families.torch_host import give_back_memory
+from src.tts.families.torch_host import give_back_memory, speaking
 from src.tts.segmenter import speakable
+from src.tts.tts_base import CancelToken
 
 _RUN = "run"
 _log = logging.getLogger(__name__)
@@ -37,13 +38,19 @@ class Speaker:
 
 class TorchEngine:
     """One step of one run computes at a time: the package's GPU stream and its text front end are
-    shared. `model`: the package's `CosyVoice2Model`; `frontend`: as of frontend.py beside this."""
+    shared. `model`: the package's `CosyVoice2Model`; `frontend`: as of frontend.py beside this.
 
-    def __init__(self, model: Any, frontend: Any, speakers: Mapping[str, Speaker]) -> None:
+    What fails while speaking is raised as `speaking` of torch_host says."""
+
+    def __init__(
+        self, model_id: str, model: Any, frontend: Any, speakers: Mapping[str, Speaker]
+    ) -> None:
+        self._model_id = model_id
         self._model = model
         self._frontend = frontend
         self._speakers = dict(speakers)
         self._lock = threading.Lock()
+        self._stops = Stops(model)
         self.look_ahead = int(model.flow.pre_lookahead_len)
 
     @property
@@ -54,13 +61,13 @@ class TorchEngine:
         return int(self._speakers[voice].speech.shape[1])
 
     def normal(self, text: str) -> str:
-        try:
-            with self._lock:
+        with self._step():
+            try:
                 said: str = self._frontend.text_normalize(text, split=False)
-        except (IndexError, AssertionError) as error:
-            # Its rules fail on what they leave nothing of, and on two spaces in a row.
-            _log.warning("a text was not normalised (%s)", type(error).__name__)
-            return text
+            except (IndexError, AssertionError) as error:
+                # Its rules fail on what they leave nothing of, and on two spaces in a row.
+                _log.warning("a text was not normalised (%s)", type(error).__name__)
+                return text
         return said if speakable(said) else text
 
     def tokens(self, text: str, manner: Manner) -> Generator[int, None, None]:
@@ -82,7 +89,7 @@ class TorchEngine:
             made = llm.inference_bistream(text=self._ids(texts), **prompt)
         return self._drawn(made)
 
-    def vocoder(self, manner: Manner) -> Vocoder:
+    def vocoder(self, manner: Manner, cancel: CancelToken) -> Vocoder:
         speaker = self._speakers[manner.voice]
         # A view, so that what the package keeps of a run ends with the run.
         model = copy.copy(self._model)
@@ -93,7 +100,7 @@ class TorchEngine:
         def sound(tokens: Sequence[int], offset: int, *, final: bool) -> Float32:
             import torch
 
-            with self._step(), torch.inference_mode():
+            with self._step(), self._stops.at(cancel), torch.inference_mode():
                 wave = model.token2wav(
                     token=torch.tensor([tokens]),
                     prompt_token=speaker.speech,
@@ -176,8 +183,7 @@ class TorchEngine:
         """One after the other, on the package's stream of a GPU."""
         import torch
 
-        with ExitStack() as held:
-            held.enter_context(self._lock)
+        with self._lock, speaking(self._model_id), ExitStack() as held:
             if self._model.device.type == "cuda":
                 held.enter_context(torch.cuda.device(self._model.device))
                 held.enter_context(torch.cuda.stream(self._model.llm_context.stream))

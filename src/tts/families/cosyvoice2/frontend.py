@@ -104,7 +104,7 @@ def read_presets(model_id: str, path: Path, device: Any) -> dict[str, Speaker]:
     for name, heard in content.items():
         try:
             speakers[str(name)] = _checked(_speaker_of(heard, device))
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptModel(
                 f"{model_id}: voice {name!r} in {path.name} is none of CosyVoice 2: {error}"
             ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from src.tts.families.cosyvoice2.plan import stretched
+from src.tts.generation import Stopped
+from src.tts.tts_base import CancelToken
 
 # As published, in the release's yaml; the package's own `ras_sampling` has the same.
 TOP_P, TOP_K, WINDOW, REPEATS = 0.8, 25, 10, 0.1
@@ -118,3 +121,33 @@ class StretchedFlow:
         right = (left + 1).clamp(max=last)
         share = (at - left).to(mel)
         return mel[:, :, left] * (1 - share) + mel[:, :, right] * share, cache
+
+
+class Stops:
+    """Where the sound of a chunk is given up when nobody wants it any more: before each of the ten
+    steps of the flow's solver, each block of its encoder and each stage of the vocoder.
+
+    `model`: the package's `CosyVoice2Model`, which computes one chunk at a time.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._cancel: CancelToken | None = None
+        flow, hift = model.flow, model.hift
+        for part in (
+            *flow.encoder.encoders, *flow.encoder.up_encoders, flow.decoder.estimator,
+            hift.f0_predictor, *hift.ups, *hift.source_resblocks, *hift.resblocks,
+        ):  # fmt: skip
+            part.register_forward_pre_hook(self._look)
+
+    @contextmanager
+    def at(self, cancel: CancelToken) -> Iterator[None]:
+        """Inside, whatever of the model computes raises Stopped after a cancel."""
+        self._cancel = cancel
+        try:
+            yield
+        finally:
+            self._cancel = None
+
+    def _look(self, part: Any, inputs: Any) -> None:
+        if self._cancel is not None and self._cancel.cancelled:
+            raise Stopped

@@ -21,7 +21,7 @@ from src.tts.families.cosyvoice2.pack import (
     read_sizes,
 )
 from src.tts.families.cosyvoice2.package import import_package
-from src.tts.families.torch_host import check_device, load_plain, well_behaved
+from src.tts.families.torch_host import check_device, load_plain, loading, well_behaved
 from src.tts.recordings import Transcripts, read_references
 
 
@@ -30,15 +30,15 @@ def open_engine(
 ) -> TorchEngine:
     """Raises InvalidArgument for a device that is not there or a recording that makes no voice,
     CorruptModel for files that are missing, damaged or of another shape, UnknownName for a voice
-    that is listed and not there."""
+    that is listed and not there, Unavailable where memory is short."""
     wanted = check_device(meta.model_id, device)
     folder = check_files(meta.model_id, files)
     sizes = read_sizes(meta.model_id, files[CONFIG])
     hidden = hidden_size(meta.model_id, files[f"{LANGUAGE_MODEL}/config.json"])
-    with well_behaved():
+    with loading(meta.model_id, device), well_behaved():
         package = import_package()
         progress(0.2)
-        model = _make_model(package, meta.model_id, folder, sizes, hidden)
+        model = _make_model(package, folder, sizes, hidden)
         _put_on(model, wanted)
         for share, name in ((0.6, "llm"), (0.7, "flow"), (0.8, "hift")):
             _fill(meta.model_id, getattr(model, name), files[f"{name}.pt"], wanted)
@@ -47,32 +47,30 @@ def open_engine(
         speakers = _speakers(meta, files, frontend, wanted)
         _settle(wanted)
     progress(1.0)
-    return TorchEngine(model, frontend, speakers)
+    return TorchEngine(meta.model_id, model, frontend, speakers)
 
 
-def _make_model(package: Any, model_id: str, folder: Path, sizes: Sizes, hidden: int) -> Any:
+def _make_model(package: Any, folder: Path, sizes: Sizes, hidden: int) -> Any:
     """What the release's yaml would build, without what only training needs."""
-    try:
-        return package.model.CosyVoice2Model(
-            package.llm.Qwen2LM(
-                llm_input_size=hidden,
-                llm_output_size=hidden,
-                speech_token_size=sizes.speech_tokens,
-                llm=make_encoder(package.llm, folder),
-                sampling=None,  # every run brings its own
-                mix_ratio=[5, 15],
-            ),
-            _make_flow(package, sizes),
-            _make_vocoder(package, sizes),
-        )
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise CorruptModel(f"{model_id}: the network cannot be built: {error}") from error
+    return package.model.CosyVoice2Model(
+        package.llm.Qwen2LM(
+            llm_input_size=hidden,
+            llm_output_size=hidden,
+            speech_token_size=sizes.speech_tokens,
+            llm=make_encoder(package.llm, folder),
+            sampling=None,  # every run brings its own
+            mix_ratio=[5, 15],
+        ),
+        _make_flow(package, sizes),
+        _make_vocoder(package, sizes),
+    )
 
 
 def _make_flow(package: Any, sizes: Sizes) -> Any:
+    import torch
     from omegaconf import DictConfig
 
-    return package.flow.CausalMaskedDiffWithXvec(
+    flow = package.flow.CausalMaskedDiffWithXvec(
         input_size=512, output_size=80, spk_embed_dim=192, vocab_size=sizes.speech_tokens,
         input_frame_rate=25, token_mel_ratio=2, pre_lookahead_len=3,
         encoder=package.encoder.UpsampleConformerEncoder(
@@ -96,6 +94,10 @@ def _make_flow(package: Any, sizes: Sizes) -> Any:
             ),
         ),
     )  # fmt: skip
+    # The network was trained with any noise; the release always begins with this one.
+    noise = torch.Generator().manual_seed(0)
+    flow.decoder.rand_noise = torch.randn(flow.decoder.rand_noise.shape, generator=noise)
+    return flow
 
 
 def _make_vocoder(package: Any, sizes: Sizes) -> Any:

@@ -1,8 +1,8 @@
 """The sources of CosyVoice 2: where they lie, and how they are imported without their side effects.
 
-They are no package: a checkout is named by COSYVOICE_HOME, or lies on the path already. Only the
-modules that speak are imported: not `cosyvoice.cli.cosyvoice`, which runs a pack's yaml and
-downloads what it does not find (hyperpyyaml, modelscope).
+They are no distribution: see checkout.py. Only the modules that speak are imported: not
+`cosyvoice.cli.cosyvoice`, which runs a pack's yaml and downloads what it does not find
+(hyperpyyaml, modelscope).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from src.tts.families.checkout import Source
 from src.tts.families.settings import require_modules
 from src.tts.tts_base import MissingPackage
 
@@ -27,6 +28,8 @@ INSTALL = (
     f" https://github.com/FunAudioLLM/CosyVoice at {COMMIT}, export {HOME}=<its folder>,"
     " uv sync --extra cosyvoice; see docs/COSYVOICE_PYTORCH_CONFLICT.md)"
 )
+COSYVOICE = Source(HOME, "cosyvoice", "cli/model.py")
+MATCHA = Source(HOME, "matcha", "utils/audio.py", under="third_party/Matcha-TTS")
 MODULES = (
     "torch", "torchaudio", "transformers", "onnxruntime", "omegaconf", "conformer", "diffusers",
     "einops", "librosa", "whisper", "tiktoken", "inflect", "scipy",
@@ -36,28 +39,22 @@ _log = logging.getLogger(__name__)
 
 def check_sources() -> None:
     """Raises MissingPackage. Imports nothing."""
-    if not any((path / "cosyvoice" / "cli").is_dir() for path in _homes()):
-        require_modules(FAMILY, ("cosyvoice",), INSTALL)
-    if not any((path / "matcha").is_dir() for path in _homes()):
-        if home := os.environ.get(HOME):
-            fetch = f"git -C {home} submodule update --init third_party/Matcha-TTS"
-            raise MissingPackage(FAMILY, fetch)
-        require_modules(FAMILY, ("matcha",), INSTALL)
-    require_modules(FAMILY, MODULES, INSTALL)
-
-
-def _homes() -> list[Path]:
     home = os.environ.get(HOME)
-    if not home:
-        return []
-    return [Path(home).expanduser(), Path(home).expanduser() / "third_party" / "Matcha-TTS"]
+    if COSYVOICE.find() is None:
+        # Who has cloned it already needs another path, not another clone.
+        missing = f"{COSYVOICE.package}/{COSYVOICE.mark}"
+        wrong = f"; there is no {missing} in {home}, which {HOME} names" if home else ""
+        raise MissingPackage(FAMILY, INSTALL + wrong)
+    if MATCHA.find() is None:
+        fetch = f"git -C {home} submodule update --init {MATCHA.under}"
+        raise MissingPackage(FAMILY, fetch if home else INSTALL)
+    require_modules(FAMILY, MODULES, INSTALL)
 
 
 def import_package() -> Any:
     """A namespace of what this family's engine needs. Inside `well_behaved` of torch_host."""
-    for path in map(str, _homes()):
-        if path not in sys.path:  # last: a checkout's `tools` and `examples` hide nobody's
-            sys.path.append(path)
+    COSYVOICE.offer()
+    MATCHA.offer()
     _shim_matcha()
     import cosyvoice.cli.frontend as frontend
     import cosyvoice.cli.model as model
@@ -71,7 +68,7 @@ def import_package() -> Any:
     import cosyvoice.transformer.upsample_encoder as encoder
     from matcha.utils.audio import mel_spectrogram
 
-    matching.set_all_random_seed = _seed_one
+    matching.set_all_random_seed = _seed_none
     frontend.load_wav = _sound_at
     _quieten()
     return types.SimpleNamespace(
@@ -97,14 +94,9 @@ def _shim_matcha() -> None:
     matcha.utils, package.pylogger = package, pylogger  # type: ignore[attr-defined]
 
 
-def _seed_one(seed: int) -> None:
-    """In place of the package's, which seeds every generator of the process, GPUs' included.
-
-    The flow's noise is drawn right afterwards from this one, which `well_behaved` puts back.
-    """
-    import torch
-
-    torch.random.default_generator.manual_seed(seed)
+def _seed_none(seed: int) -> None:
+    """In place of the package's, which seeds every generator of the process, GPUs' included, to
+    draw the flow's noise right afterwards: opening.py draws that from one of its own."""
 
 
 def _sound_at(sounds: dict[int, Any], sample_rate: int, min_sr: int = 16_000) -> Any:

@@ -7,7 +7,7 @@ tokens are drawn by whoever takes the sound, so an error is his and a cancel lea
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from src.tts.families.settings import (
     known_voice,
     read_settings,
 )
+from src.tts.generation import Stopped
 from src.tts.paced_words import PacedWords, WordPace
 from src.tts.segmenter import Segmenter, speakable
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
@@ -73,6 +74,7 @@ class Vocoder(Protocol):
         """The sound (24 kHz) of one run's tokens after the first `offset`, whose sound was made.
 
         Not `final`: of all but the last `Engine.look_ahead`, and less 8 frames to fade with.
+        Raises Stopped where the run's cancel comes meanwhile.
         """
         ...
 
@@ -103,7 +105,7 @@ class Engine(Protocol):
         """What says these texts in one run, which begins before the last of them is there."""
         ...
 
-    def vocoder(self, manner: Manner) -> Vocoder:
+    def vocoder(self, manner: Manner, cancel: CancelToken) -> Vocoder:
         """For one run."""
         ...
 
@@ -204,8 +206,9 @@ class _Run:
         self, manner: Manner, following: Iterator[Segment] | None, cancel: CancelToken
     ) -> Iterator[PcmChunk]:
         """`following`: more of the text, taken as the run goes on; None: the first is all."""
-        for sound in self._sound(manner, following, cancel):
-            yield PcmChunk(sound, self._words.push(sound))
+        with suppress(Stopped):
+            for sound in self._sound(manner, following, cancel):
+                yield PcmChunk(sound, self._words.push(sound))
         if not cancel.cancelled and (left := self._words.end(learn=not self._cut_off)):
             yield PcmChunk(_NO_SOUND, left)
 
@@ -213,7 +216,7 @@ class _Run:
         self, manner: Manner, following: Iterator[Segment] | None, cancel: CancelToken
     ) -> Iterator[Float32]:
         plan = ChunkSchedule(self._engine.prompt(manner.voice), self._engine.look_ahead)
-        vocoder = self._engine.vocoder(manner)
+        vocoder = self._engine.vocoder(manner, cancel)
         tokens: list[int] = []
         with closing(self._tokens(manner, following)) as made:
             while (token := self._next(made)) is not None:
