@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from src.orchestrator.server import run
 from src.orchestrator.worker_tls import WorkerTls, WorkerTlsSettings
 from src.rpc.tls import server_fault
 from src.tts import worker
+from src.tts.catalog import ROOT
 from src.tts.config import TlsSettings, worker_config
 from tests.certificates import Authority, Pair, locked
 
@@ -125,6 +128,19 @@ def test_a_worker_that_announces_another_name_says_so_in_its_log(
     worker._warn_of_another_name(tls, "gpubox2.lan:7001")
     assert "gpubox2.lan" in caplog.text
     assert "worker.advertise_addr has to be a subjectAltName" in caplog.text
+
+
+def test_the_documentations_commands_make_files_that_are_good(
+    ours: Authority, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    [commands] = [block for block in blocks if "openssl" in block]
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
+    cert, key = tmp_path / "gpubox2.pem", tmp_path / "gpubox2.key"
+    assert worker._credentials(TlsSettings(cert=cert, key=key, ca=tmp_path / "ca.pem"))
+    assert WorkerTlsSettings(ca=tmp_path / "ca.pem", cert=cert, key=key).load().client is not None
+    assert server_fault(cert, key, "gpubox2.lan") == server_fault(cert, key, "10.0.0.5") == ""
 
 
 # --- the settings ---
