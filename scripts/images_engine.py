@@ -296,7 +296,7 @@ def run_flags(container: Container, image: str) -> list[str]:
     if raw.get("read_only"):
         flags += ["--read-only", "--read-only-tmpfs=false"]
     for mount in raw.get("tmpfs", []):
-        flags += ["--tmpfs", mount]
+        flags += ["--tmpfs", _tmpfs(mount)]
     for capability in raw.get("cap_drop", []):
         flags += ["--cap-drop", capability]
     for option in raw.get("security_opt", []):
@@ -310,6 +310,14 @@ def run_flags(container: Container, image: str) -> list[str]:
     for volume in raw.get("volumes", []):
         flags += ["--volume", _volume(volume)]
     return flags
+
+
+def _tmpfs(text: str) -> str:
+    """As Docker mounts it: nothing in it is executed or loaded unless `exec` is said."""
+    place, _, options = text.partition(":")
+    given = options.split(",") if options else []
+    closed = [] if {"exec", "noexec"} & set(given) else ["noexec"]
+    return ":".join([place, ",".join([*closed, *given])])
 
 
 def _volume(text: str) -> str:

@@ -215,6 +215,15 @@ def test_every_service_is_confined(compose: dict[str, Service]) -> None:
         assert all(bind.endswith(":ro") for bind in binds), binds
 
 
+@pytest.mark.parametrize("name", sorted(WORKERS))
+def test_espeak_may_load_its_copies(name: str, compose: dict[str, Service]) -> None:
+    """Docker's tmpfs is noexec unless told otherwise, and every worker has eSpeak in it."""
+    [mount] = compose[name].raw["tmpfs"]
+    assert "exec" in mount.partition(":")[2].split(",")
+    temporary = [v for v in instructions(compose[name].dockerfile) if "TMPDIR" in v[1]]
+    assert not temporary
+
+
 def test_nothing_is_written_into_a_read_only_container(compose: dict[str, Service]) -> None:
     """Compose refuses: "`file` is the sole supported option" (docker/compose#12031)."""
     document = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))

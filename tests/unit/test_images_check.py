@@ -39,13 +39,14 @@ def test_the_check_runs_what_the_file_says(compose: dict[str, Service], tmp_path
     network = Network("base", ["tts0"], tmp_path / "hosts")
     flags = " ".join(run_flags(Container(compose["tts0"], network), "image"))
     for wanted in (
-        "--init", "--read-only --read-only-tmpfs=false", "--tmpfs /tmp:mode=1777,size=64m",
+        "--init", "--read-only --read-only-tmpfs=false", "--tmpfs /tmp:exec,mode=1777,size=64m",
         "--cap-drop ALL", "--security-opt no-new-privileges", "--env REDIS_URL=redis://redis:6379",
         f"--volume {ROOT}/configs:/app/configs:ro", "--volume duplex-check-tts0-cache:/cache",
     ):  # fmt: skip
         assert wanted in flags
     redis = " ".join(run_flags(Container(compose["redis"], network), "image"))
     assert "--user redis" in redis
+    assert "--tmpfs /tmp:noexec,mode=1777,size=64m" in redis, "as Docker would"
 
 
 def events(understood: str, answered: str) -> list[dict[str, Any]]:
