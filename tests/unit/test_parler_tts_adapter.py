@@ -15,6 +15,7 @@ import pytest
 
 from src.audio.pcm import Float32
 from src.rpc.errors import CorruptModel, Internal, InvalidArgument, UnknownName
+from src.tts import generation
 from src.tts.adapters import adapter_parler_tts as adapter
 from src.tts.adapters.adapter_parler_tts import (
     ParlerTtsAdapter,
@@ -494,6 +495,20 @@ def test_a_model_that_does_not_end_is_cut_and_teaches_nothing() -> None:
     assert model._paces["jon"].ms_per_unit != pace
 
 
+def test_a_segment_of_which_one_piece_was_cut_teaches_nothing() -> None:
+    engine = Engine(100_000)
+    model = model_of(engine)
+    pace = model._paces["jon"].ms_per_unit
+
+    def the_next_ends_by_itself(_: int) -> None:
+        engine.length = 300
+
+    engine.on_draw = the_next_ends_by_itself
+    sound_of(speak(model, "word " * 80))
+    assert len(engine.said) == 2
+    assert model._paces["jon"].ms_per_unit == pace
+
+
 def test_a_long_text_is_said_in_pieces_and_whole() -> None:
     engine = Engine(5)
     chunks = list(speak(model_of(engine), "word " * 200))
@@ -524,10 +539,50 @@ def test_cancelled_before_its_first_sound_it_ends_at_that_step() -> None:
     """Nothing was handed over yet, so that only a look at each step can end it."""
     engine, cancel = Engine(100_000), CancelToken()
     engine.on_draw = lambda count: cancel.cancel() if count == 5 else None
-    assert not list(speak(model_of(engine), "Hello. " * 20, "More.", cancel=cancel))
+    two_pieces = "Hello. " * 80
+    assert not list(speak(model_of(engine), two_pieces, "More.", cancel=cancel))
     assert engine.drawn == 5
     assert len(engine.said) == 1
     assert not engine.running
+
+
+def test_cancelled_it_takes_no_more_text() -> None:
+    taken: list[str] = []
+
+    def segments() -> Iterator[Segment]:
+        for text in ("One.", "Two.", "Three."):
+            taken.append(text)
+            yield Segment(text, 0)
+
+    cancel = CancelToken()
+    stream = model_of(Engine()).stream(segments(), VoiceSpec("", ""), cancel)
+    next(stream)
+    cancel.cancel()
+    assert not list(stream)
+    assert taken == ["One.", "Two."], "the one that it waited for, and none after it"
+
+
+def test_closed_it_ends_at_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at its next sound, which takes many."""
+    engine, reached, stopped = Engine(100_000), threading.Event(), threading.Event()
+    stop = generation._Hand.stop
+
+    def stopping(hand: generation._Hand[Any]) -> None:
+        stop(hand)
+        stopped.set()
+
+    def on_draw(count: int) -> None:
+        if count == 30:
+            reached.set()
+            assert stopped.wait(10.0)
+
+    monkeypatch.setattr(generation._Hand, "stop", stopping)
+    engine.on_draw = on_draw
+    stream = speak(model_of(engine), "Hello. " * 20)
+    next(stream)
+    assert reached.wait(10.0)
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.drawn == 30
 
 
 def test_closed_it_leaves_no_thread() -> None:
