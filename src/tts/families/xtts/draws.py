@@ -33,10 +33,21 @@ def drawing(generator: Any, *, temperature: float, top_k: int, top_p: float) -> 
         TemperatureLogitsWarper(temperature),
         TopKLogitsWarper(top_k),
         TopPLogitsWarper(top_p),
-        lambda _, scores: Scores(scores, generator),
+        Draw(generator),
     ]
     unused = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
     return {**unused, "do_sample": False, "logits_processor": steps}
+
+
+class Draw:
+    """The last step. transformers looks at its signature for every code, which of a plain function
+    costs half a millisecond."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def __call__(self, input_ids: Any, scores: Any) -> Scores:
+        return Scores(scores, self._generator)
 
 
 class Scores:
