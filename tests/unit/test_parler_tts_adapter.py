@@ -631,5 +631,7 @@ def test_defaults_are_filled_in_and_stay() -> None:
 
 def test_unloaded_it_closes_its_engine() -> None:
     engine = Engine()
-    model_of(engine).unload()
+    model = model_of(engine)
+    model.unload()
     assert engine.closed
+    assert not model._states, "they lie on the device"

@@ -107,7 +107,7 @@ class ParlerTtsModel:
         self._paces = {name: WordPace() for name in voices}
         self._defaults = {name: str(value) for name, value in defaults.items()}
         self._first = engine.frames(cast(float, options["first_ms"]))
-        self._most = max(self._first, engine.frames(cast(float, options["chunk_ms"])))
+        self._most = engine.frames(cast(float, options["chunk_ms"]))
         self.native_sample_rate = engine.sample_rate
         # Steps of two streams wait for each other, so that on most machines one keeps up alone.
         self.max_streams = int(cast(float, options["streams"]))
