@@ -30,8 +30,7 @@ needs_models = pytest.mark.skipif(
 
 STORY = (
     "Once upon a time there was a lighthouse keeper who counted the ships every evening. "
-    "He wrote their names into a blue book, and the book grew heavier with every year. "
-    "One night a ship came that had no name at all."
+    "He wrote their names into a blue book."
 )
 
 
@@ -327,8 +326,8 @@ async def test_a_refused_microphone_is_explained_and_typing_goes_on(
 @pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_forty_four_utterances_in_a_row_are_all_understood(page: TalkingPage) -> None:
-    said = [f"Number {spell(number)}." for number in range(1, 45)]
+async def test_fifteen_utterances_in_a_row_are_all_understood(page: TalkingPage) -> None:
+    said = [f"Number {spell(number)}." for number in range(1, 45, 3)]
     spoken = [at_level(user_speech(text), -22.0) for text in said]
     await page.live()
     for turn, speech in enumerate(spoken):
