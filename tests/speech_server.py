@@ -77,9 +77,15 @@ class Reply:
         """The connection ends with the answer."""
         self._response: web.StreamResponse | None = None
 
-    async def begin(self, kind: str = "audio/pcm", *, length: int | None = None) -> None:
+    async def begin(
+        self,
+        kind: str = "audio/pcm",
+        *,
+        length: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """The head alone; chunked, unless the length is told."""
-        self._response = web.StreamResponse(headers={"Content-Type": kind})
+        self._response = web.StreamResponse(headers={"Content-Type": kind, **(headers or {})})
         if length is not None:
             self._response.content_length = length
         if self.closes:

@@ -207,14 +207,29 @@ def test_the_rate_of_a_wav_is_the_model_s(server: FakeSpeechServer, size: int | 
         assert np.allclose(sound_of(list(stream(model))), tone(200, 16_000), atol=1e-4)
 
 
-def test_the_rate_in_a_content_type_is_obeyed(server: FakeSpeechServer) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said", "rate"),
+    [
+        ("audio/pcm; rate=44100", "", 44_100),
+        ("audio/pcm_s16le", "44100", 44_100),
+        ("audio/pcm; rate=44100", "22050", 44_100),
+        ("audio/pcm", "44.1", RATE),
+        ("audio/pcm", "44", RATE),
+        ("audio/pcm", "99999", 99_999),
+        ("audio/pcm", "999999", RATE),
+        ("audio/pcm", "٤٤100", RATE),
+    ],
+)
+def test_the_rate_that_the_answer_s_head_tells_is_obeyed(
+    server: FakeSpeechServer, kind: str, said: str, rate: int
+) -> None:
     async def script(reply: Reply) -> None:
-        await reply.begin("audio/pcm; rate=44100")
+        await reply.begin(kind, headers={"X-Sample-Rate": said} if said else {})
         await reply.send(pcm(100, 44_100))
 
     server.script = script
     with loaded(server) as model:
-        assert model.native_sample_rate == 44_100
+        assert model.native_sample_rate == rate
 
 
 def test_a_server_that_changes_its_rate_later_keeps_its_pitch(server: FakeSpeechServer) -> None:

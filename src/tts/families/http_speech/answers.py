@@ -21,7 +21,8 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_ERROR_BYTES = 8_192
 _SHOWN_CHARS = 200
 _CODE = re.compile(r"[A-Za-z0-9_.\-]{1,40}\Z")
-_SOUND = re.compile(r"audio/(pcm|l16|raw|x-raw|wav|wave|x-wav|vnd\.wave|x-pcm)\Z")
+_SOUND = re.compile(r"audio/(pcm|pcm_s16le|x-pcm|l16|raw|x-raw|wav|wave|x-wav|vnd\.wave)\Z")
+_HZ = re.compile(r"[0-9]{4,6}\Z")
 _RATE = re.compile(r";\s*rate\s*=\s*\"?(\d{4,6})\b", re.IGNORECASE)
 
 
@@ -68,10 +69,15 @@ def wav_promised(content_type: str) -> bool:
     return "wav" in _kind(content_type)
 
 
-def rate_of(content_type: str) -> int | None:
-    """The sample rate in a content type such as `audio/pcm; rate=24000`; None: none of use."""
-    found = _RATE.search(content_type)
-    rate = int(found.group(1)) if found else 0
+def rate_of(headers: Mapping[str, str]) -> int | None:
+    """The sample rate that an answer tells of its raw PCM, in Hz; None: none of use.
+
+    In a content type such as `audio/pcm; rate=24000`, else as `X-Sample-Rate`.
+    """
+    said = _RATE.search(headers.get("content-type", ""))
+    text = said.group(1) if said else headers.get("x-sample-rate", "").strip()
+    # Of a few digits only: int() reads other scripts' digits, and thousands of them.
+    rate = int(text) if _HZ.match(text) else 0
     return rate if MIN_RATE <= rate <= MAX_RATE else None
 
 

@@ -150,7 +150,7 @@ class SpeechServer:
             raise _Passing(error) if response.status_code in PASSING else error
         if not is_sound(kind):
             raise not_sound(where, kind, _start_of(response), quote=quote)
-        rate = rate_of(kind) or self._settings.sample_rate
+        rate = rate_of(headers) or self._settings.sample_rate
         return SpeechDecoder(rate, wav=wav_promised(kind))
 
     def _decoded(
