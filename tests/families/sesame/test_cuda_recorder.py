@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.tts.families.csm.graphs import WARM_UP_RUNS, CudaGraphRecorder, Size
+from src.tts.families.csm.graphs import CAPTURING, WARM_UP_RUNS, CudaGraphRecorder, Size
 
 SIZE = Size(2, 64)
 
@@ -24,13 +24,15 @@ class Told:
         self.story: list[str] = []
         self.pools: list[object] = []
         self.here = "model's stream"
+        self.priorities: list[int] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         told = self
 
         class Stream:
-            def __init__(self, *_: object, name: str = "side stream") -> None:
+            def __init__(self, *_: object, name: str = "side stream", priority: int = 0) -> None:
                 self.name = name
+                told.priorities.append(priority)
 
             def wait_stream(self, other: Any) -> None:
                 told.story.append(f"{self.name} waits for {other.name}")
@@ -76,6 +78,7 @@ class Told:
             patch.setattr(torch.cuda, name, value)
 
     def work(self) -> None:
+        assert CAPTURING.locked(), "another model may capture"
         self.story.append(f"work on {self.here}")
 
 
@@ -105,3 +108,14 @@ def test_all_sizes_share_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         recorder.record(Size(rows, 64), told.work)
     assert len(told.pools) == 3
     assert len({id(pool) for pool in told.pools}) == 1
+
+
+def test_what_is_captured_is_on_no_stream_that_an_engine_may_be_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch gives its streams out in turn, those of each priority by themselves."""
+    told = Told()
+    told.install(monkeypatch)
+    told.priorities.clear()
+    CudaGraphRecorder(torch.device("cuda"))
+    assert told.priorities == [-1]

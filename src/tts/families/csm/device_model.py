@@ -17,6 +17,7 @@ import torch
 from src.audio.pcm import Float32
 from src.tts.families.csm.frame_loop import FrameLoop, StepBatch
 from src.tts.families.csm.graphs import (
+    CAPTURING,
     CallRecorder,
     CudaGraphRecorder,
     Drawn,
@@ -97,6 +98,9 @@ class DeviceModel:
         cuda = self._device.type == "cuda"
         # Engines that share a device would wait for each other in its default stream.
         self._stream = torch.cuda.Stream(self._device) if cuda else None
+        if self._stream is not None:
+            # The weights may still be on their way there, in the stream of who loaded them.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._adapters = [0] * (slots + 1)
         with self._on_device():
             self._loop = FrameLoop(weights, slots=slots, positions=positions)
@@ -252,10 +256,14 @@ class DeviceModel:
 
     def close(self) -> None:
         """Calling anything afterwards raises AttributeError."""
+        cuda = self._device.type == "cuda"
+        if cuda:
+            # A text may still be read, with weights that others' streams may have the memory of.
+            torch.cuda.synchronize(self._device)
         self._graphs.clear()
         if self._bank is not None:
             self._bank.detach()
         del self._graphs, self._loop, self._mimi, self._bank, self._weights
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        if cuda:
+            with CAPTURING:
+                torch.cuda.empty_cache()

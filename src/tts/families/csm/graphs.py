@@ -37,8 +37,9 @@ INTS = ("slots", "positions", "seeds", "frames", "top_k", "adapters")
 """The order of the int64 rows in one copy to the device."""
 
 
-_CAPTURING = threading.Lock()
-"""Of all models of the process one may capture at a time (torch.cuda.graph)."""
+CAPTURING = threading.Lock()
+"""Of all models of the process one may capture at a time (torch.cuda.graph), and none may give
+memory back meanwhile."""
 
 
 class Size(NamedTuple):
@@ -117,21 +118,21 @@ class CudaGraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream(self._device)
+        # torch has 32 streams of each priority and gives them out in turn: at this one, no engine's
+        # own stream can be the one that is captured.
+        self._side = torch.cuda.Stream(self._device, priority=-1)
         # A spinning wait would burn the core on which the next tick's rows are made.
         self._done = torch.cuda.Event(blocking=True)
 
     def record(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
-        self._warm_up(work)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another engine of this process may use the device meanwhile.
-        with (
-            _CAPTURING,
-            torch.cuda.graph(
+        with CAPTURING:
+            self._warm_up(work)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: another engine of this process may use the device meanwhile.
+            with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
-            ),
-        ):
-            work()
+            ):
+                work()
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -117,6 +117,9 @@ def joined(*linears: Any) -> Any:
             for weight, part in zip(
                 weights, whole.split([w.shape[0] for w in weights]), strict=True
             ):
+                if weight.is_cuda:
+                    # Of the loader's stream, which may give the memory on before this one read it.
+                    weight.data.record_stream(torch.cuda.current_stream(weight.device))
                 weight.data = part
         return weights[0].detach().as_strided((outputs, weights[0].shape[1]), weights[0].stride())
 
