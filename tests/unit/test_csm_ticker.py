@@ -300,6 +300,31 @@ def test_frames_do_not_depend_on_who_else_speaks() -> None:
     assert hand.counters.frames / hand.counters.ticks > 2
 
 
+@settings(deadline=None)
+@given(st.integers(0, 7), st.integers(1, 8), st.integers(1, 6), st.booleans())
+def test_who_joins_is_heard_after_the_step_that_is_running_and_one_of_his_own(
+    others: int, most: int, steps: int, again: bool
+) -> None:
+    """However many speak, as fast as they are given frames, and however few fit into a tick."""
+    hand = Hand(FakeCsmModel(slots=8, positions=4096, ends=lambda text: MANY), budget=256)
+    hand.ticker._most_rows = most
+    crowd = [hand.open(slot) for slot in range(others)]
+    joins = hand.open(7)
+    if again:
+        joins.say("before")
+        hand.ticker.step()
+        joins.outlet.drop(joins.outlet.turn)
+    for consumer in crowd:
+        consumer.say("a text that goes on")
+    for _ in range(steps + others):
+        hand.ticker.step()
+        for consumer in crowd:
+            consumer.take()
+    joins.say("hello")
+    hand.ticker.step()
+    assert joins.outlet.undelivered == 1
+
+
 @pytest.mark.parametrize("how", ["close", "drop"])
 def test_who_goes_in_the_middle_of_a_step_takes_no_more_part_in_it(
     how: str, monkeypatch: pytest.MonkeyPatch

@@ -68,8 +68,9 @@ def pickled(model_id: str, path: Path) -> CorruptModel:
 
 
 @contextmanager
-def loading(model_id: str, device: str) -> Iterator[None]:
-    """Around a package's own loader, which raises whatever it likes.
+def loading(model_id: str, device: str, *, lower: str = "") -> Iterator[None]:
+    """Around a package's own loader, which raises whatever it likes. `lower`: the settings that
+    cost memory, by name.
 
     Raises Unavailable where memory is short, CorruptModel for all else that is wrong with the
     files; our own errors and a package that is not there pass.
@@ -79,7 +80,8 @@ def loading(model_id: str, device: str) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise Unavailable(f"{model_id} does not fit into the memory of {device}") from error
+        help = f"; lower {lower} in the catalog" if lower else ""
+        raise Unavailable(f"{model_id} does not fit into the memory of {device}{help}") from error
     except (DuplexError, ImportError):
         raise
     except Exception as error:

@@ -269,7 +269,7 @@ def test_running_out_of_memory_is_not_a_broken_pack(
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(transformers.CsmForConditionalGeneration, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(Unavailable, match="does not fit into the memory of the host"):
         load_weights(tiny_pack)
 
 

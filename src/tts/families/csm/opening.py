@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from src.rpc.errors import CorruptModel, FailedPrecondition, Unavailable
+from src.rpc.errors import CorruptModel, FailedPrecondition
 from src.tts.families.csm.engine import Engine
 from src.tts.families.csm.engines import Lease, OtherTerms, engine_for
 from src.tts.families.csm.options import EngineOptions
-from src.tts.families.torch_host import one_folder
+from src.tts.families.torch_host import loading, one_folder
 
 _log = logging.getLogger(__name__)
 
@@ -49,29 +49,14 @@ def open_engine(
 ) -> Lease[Engine]:
     """A share in the engine on these weights; the first to ask loads them.
 
-    Raises CorruptModel, InvalidArgument for a device that does not exist, Unavailable where the
-    slots do not fit in its memory, FailedPrecondition while they are loaded with other options:
+    Raises CorruptModel, InvalidArgument for a device that does not exist, Unavailable where weights
+    or slots do not fit in its memory, FailedPrecondition while they are loaded with other options:
     a second copy would take the memory of the first again, unseen.
     """
 
     def make() -> Engine:
-        from src.tts.families.csm.device_model import DeviceModel
-        from src.tts.families.csm.weights import load_weights
-
-        weights = load_weights(folder, device=device, dtype=options.dtype)
-        progress(0.6)
-        model = DeviceModel(
-            weights,
-            slots=options.max_slots,
-            positions=options.positions,
-            compile=options.compile,
-            max_adapters=options.max_adapters,
-            max_rank=options.max_rank,
-        )
-        progress(0.9)
-        engine = Engine(model, name=model_id)
-        engine.start()
-        return engine
+        with loading(model_id, device, lower="max_slots or positions"):
+            return _make(model_id, folder, device, options, progress)
 
     try:
         return engine_for((folder.resolve(), device), make, options, EngineOptions.serves)
@@ -81,11 +66,34 @@ def open_engine(
             f"{_difference(cast(EngineOptions, other.terms), options)}; give the entries of all "
             "models that share weights the same settings"
         ) from None
-    except _out_of_memory() as error:
-        raise Unavailable(
-            f"{model_id} does not fit into the memory of {device} with {options.max_slots} slots "
-            f"of {options.positions} positions; lower max_slots or positions in the catalog"
-        ) from error
+
+
+def _make(
+    model_id: str,
+    folder: Path,
+    device: str,
+    options: EngineOptions,
+    progress: Callable[[float], None],
+) -> Engine:
+    from src.tts.families.csm.cores import settle
+    from src.tts.families.csm.device_model import DeviceModel
+    from src.tts.families.csm.weights import load_weights
+
+    weights = load_weights(folder, device=device, dtype=options.dtype)
+    progress(0.6)
+    model = DeviceModel(
+        weights,
+        slots=options.max_slots,
+        positions=options.positions,
+        compile=options.compile,
+        max_adapters=options.max_adapters,
+        max_rank=options.max_rank,
+    )
+    progress(0.9)
+    engine = Engine(model, name=model_id)
+    engine.start()
+    engine.run(lambda _: settle(weights))
+    return engine
 
 
 def _difference(theirs: EngineOptions, ours: EngineOptions) -> str:
@@ -95,10 +103,3 @@ def _difference(theirs: EngineOptions, ours: EngineOptions) -> str:
         for name, value in asdict(theirs).items()
         if value != mine[name]
     )
-
-
-def _out_of_memory() -> type[BaseException]:
-    import torch
-
-    kind: type[BaseException] = torch.OutOfMemoryError
-    return kind

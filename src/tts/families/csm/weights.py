@@ -17,7 +17,7 @@ import torch
 
 from src.rpc.errors import CorruptModel, InvalidArgument, Unavailable
 from src.tts.families.csm.tiny import BEGIN, END
-from src.tts.families.torch_host import quiet_transformers
+from src.tts.families.torch_host import loading, quiet_transformers
 
 TRANSFORMERS = (5, 23)
 """frame_loop runs the modules of this release itself; the tests hold the two equal for it alone."""
@@ -180,10 +180,9 @@ def _read_tokenizer(folder: Path, config: Any) -> Any:
 
 def _read_model(folder: Path, config: Any) -> Any:
     """CsmForConditionalGeneration in the numbers that it was saved in, on the host."""
-    from safetensors import SafetensorError
     from transformers import CsmForConditionalGeneration
 
-    try:
+    with loading(str(folder), "the host"):
         model, info = CsmForConditionalGeneration.from_pretrained(
             folder,
             config=config,
@@ -194,10 +193,6 @@ def _read_model(folder: Path, config: Any) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CorruptModel(f"{folder}: the weights cannot be read: {error}") from error
     _check_keys(folder, info)
     return model.eval().requires_grad_(False)
 
