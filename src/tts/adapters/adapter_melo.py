@@ -32,7 +32,13 @@ from src.tts.families.settings import (
     known_voice,
     read_settings,
 )
-from src.tts.families.torch_host import check_device, give_back_memory, speaking, well_behaved
+from src.tts.families.torch_host import (
+    check_device,
+    give_back_memory,
+    quiet_transformers,
+    speaking,
+    well_behaved,
+)
 from src.tts.tts_base import (
     AdapterCapabilities,
     CancelToken,
@@ -94,7 +100,7 @@ class MeloAdapter:
         bert = _bert_folder(meta.model_id, files)
         speakers = _speakers(meta, config)
         where = check_device(meta.model_id, device or "cpu")
-        with well_behaved():
+        with well_behaved(), quiet_transformers():
             SOURCE.offer()
             tokenizer = _tokenizer(meta.model_id, bert)
             english, guess = _english(sources, tokenizer, config["symbols"])
@@ -171,8 +177,6 @@ class MeloModel:
         said: list[Float32] = [np.empty(0, dtype=np.float32)]
         with speaking(self._model_id):
             for run in self._english.read(text):
-                if cancel.cancelled:
-                    raise Stopped
                 said.append(self._network.say(run, sound, chance, cancel))
         if cancel.cancelled:
             raise Stopped

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -21,11 +21,11 @@ import pytest
 import torch
 
 from src.audio.pcm import Float32
-from src.rpc.errors import CorruptModel, Internal, InvalidArgument, UnknownName
+from src.rpc.errors import CorruptModel, Internal, InvalidArgument, Unavailable, UnknownName
+from src.tts.adapters import adapter_melo
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
 from src.tts.catalog import ModelMeta
-from src.tts.families.melo.bounds import bound_durations
-from src.tts.families.melo.sources import package_folder
+from src.tts.families.melo.sources import SOURCE, package_folder
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, PcmChunk, Segment, VoiceSpec
 from tests.families.melo.tiny import VOICES, files_of, make_tiny_pack
@@ -270,6 +270,54 @@ def test_an_error_in_the_network_reaches_the_caller_and_harms_nobody_else(
     assert speak(model, TEXT).size
 
 
+def test_what_the_rules_raise_is_told_without_the_text(
+    model: MeloModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(text: str) -> str:
+        raise ValueError(text)
+
+    monkeypatch.setattr(model._english, "_rules", fail)
+    with pytest.raises(Internal, match=r"^melo-tiny failed while speaking \(ValueError\)$"):
+        speak(model, "private")
+
+
+def test_memory_that_runs_out_while_speaking_is_told(model: MeloModel) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("planned")
+
+    hook = model._network._net.flow.register_forward_hook(fail)
+    try:
+        with pytest.raises(Unavailable, match="melo-tiny: its device ran out of memory"):
+            speak(model, TEXT)
+    finally:
+        hook.remove()
+    assert speak(model, TEXT).size
+
+
+@pytest.mark.parametrize(
+    ("owner", "says"),
+    [
+        ("melo.models:SynthesizerTrn.load_state_dict", "melo-tiny does not fit into the memory"),
+        ("transformers:BertModel.from_pretrained", "bert-base-uncased does not fit into"),
+    ],
+)
+def test_memory_that_runs_out_while_loading_is_told_and_leaves_no_engine(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, owner: str, says: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("planned")
+
+    SOURCE.offer()
+    closed: list[object] = []
+    monkeypatch.setattr(adapter_melo, "_close", closed.append)
+    module, _, path = owner.partition(":")
+    holder, _, name = path.partition(".")
+    monkeypatch.setattr(getattr(importlib.import_module(module), holder), name, fail)
+    with pytest.raises(Unavailable, match=says):
+        load(files_of(tiny_pack))
+    assert len(closed) == 1
+
+
 def test_weights_that_never_end_a_sound_are_held_to_the_texts_length(
     pack: dict[str, Path],
 ) -> None:
@@ -288,13 +336,6 @@ def test_what_is_no_number_is_an_error_and_no_sound(pack: dict[str, Path]) -> No
     torch.save(checkpoint, pack["checkpoint.pth"])
     with pytest.raises(Internal, match="NaN"):
         speak(load(pack), "Hello.")
-
-
-def test_durations_of_speech_are_left_alone() -> None:
-    usual = torch.full((1, 1, 41), math.log(5.0))
-    assert torch.equal(bound_durations(usual, 86.0), usual)
-    broken = torch.tensor([[[float("nan"), float("inf"), 3.0, 40.0, -9.0]]])
-    assert float(bound_durations(broken, 86.0).exp().sum()) <= 86 * (2 + 5 * 0.15) * 1.001
 
 
 # --- voices, languages, settings ---

@@ -195,16 +195,38 @@ def test_the_sound_is_that_of_the_packages_call(
     np.testing.assert_allclose(ours, np.clip(theirs, -1, 1), atol=2e-4)
 
 
-def test_a_run_ends_at_its_next_layer(model: MeloModel) -> None:
-    cancel = CancelToken()
-    net, seen = model._network._net, []
-    hooks = [net.dp.register_forward_pre_hook(lambda *_: cancel.cancel())]
-    hooks += [net.dec.register_forward_hook(lambda *_: seen.append("decoded"))]
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_a_run_ends_at_its_next_layer(model: MeloModel, share: float) -> None:
+    """Wherever it is: in BERT, the durations, the flow, the vocoder."""
+    network, sound, cancel = model._network, Sound(0, 1.0, 0.0, 0.0, 0.2), CancelToken()
+    (run,) = model._english.read(TEXTS[0])
+    begun: list[str] = []
+
+    def begin(name: str, at: int) -> None:
+        begun.append(name)
+        if len(begun) == at:
+            cancel.cancel()
+
+    layers = [
+        (f"{part}.{name}", module)
+        for part, whole in (("bert", network._bert), ("net", network._net))
+        for name, module in whole.named_modules()
+        if not list(module.children())
+    ]
+    # After all others: what has begun has looked.
+    at = -1
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: begin(name, at))
+        for name, layer in layers
+    ]
     try:
-        (run,) = model._english.read(TEXTS[0])
+        network.say(run, sound, None, cancel)
+        assert {name.partition(".")[0] for name in begun} == {"bert", "net"}
+        at = int(share * len(begun)) + 1
+        begun.clear()
         with pytest.raises(Stopped):
-            model._network.say(run, Sound(0, 1.0, 0.0, 0.0, 0.2), None, cancel)
+            network.say(run, sound, None, cancel)
     finally:
         for hook in hooks:
             hook.remove()
-    assert seen == []
+    assert len(begun) == at

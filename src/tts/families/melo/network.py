@@ -5,7 +5,6 @@ torch, transformers and the package are imported inside the functions only.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +90,7 @@ class Network:
             self._running.cancel = None
         if not np.isfinite(samples).all():
             raise Internal("melo made a sound that is no sound (NaN): its weights are broken")
-        out: Float32 = np.clip(samples, -1.0, 1.0)
-        return out
+        return np.asarray(samples, dtype=np.float32)
 
     def _infer(self, phonemes: Phonemes, sound: Sound) -> Any:
         import torch
@@ -194,7 +192,7 @@ def _synthesizer(pack: Pack) -> Any:
             f"{pack.model_id}: {pack.checkpoint.name} holds no entry 'model' with weights"
         )
     net.load_state_dict(weights, strict=True)
-    return _without_weight_norm(net).eval().requires_grad_(False)
+    return _without_weight_norm(net).eval()
 
 
 def _without_weight_norm(net: Any) -> Any:
@@ -213,21 +211,14 @@ def _bert(pack: Pack) -> Any:
     from transformers import BertModel
 
     what = f"{pack.model_id}: {pack.bert.name}"
-    # It warns of the head for words, which nobody asked for.
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
-    try:
-        bert, info = BertModel.from_pretrained(
-            pack.bert,
-            local_files_only=True,
-            use_safetensors=True,
-            add_pooling_layer=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    finally:
-        report.setLevel(level)
+    bert, info = BertModel.from_pretrained(
+        pack.bert,
+        local_files_only=True,
+        use_safetensors=True,
+        add_pooling_layer=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
     if missing := sorted(info["missing_keys"]):
         raise CorruptModel(f"{what} lacks {len(missing)} weights: {missing[0]}")
     sizes = bert.config
@@ -239,7 +230,7 @@ def _bert(pack: Pack) -> Any:
     if pack.words > sizes.vocab_size:
         raise CorruptModel(f"{what}/vocab.txt has {pack.words} words, its weights fewer")
     bert.encoder.layer = bert.encoder.layer[:-_LAYERS_AFTER]
-    return bert.eval().requires_grad_(False)
+    return bert.eval()
 
 
 def _with_blanks(row: Sequence[int]) -> list[int]:
