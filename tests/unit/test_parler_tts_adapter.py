@@ -165,6 +165,13 @@ def test_what_is_no_sound_is_refused(bad: Float32) -> None:
         window.end()
 
 
+def test_what_is_too_loud_is_clipped() -> None:
+    ids = np.ones(4, dtype=np.int64)
+    window = WindowDecoder(lambda _: np.full(HOP, -1.5, np.float32), HOP, REACH, first=2, most=8)
+    window.push(ids)
+    assert window.end().min() == -1.0
+
+
 # --- text to pieces ---
 
 
