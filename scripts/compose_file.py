@@ -70,6 +70,11 @@ class Service:
         return [str(part) for part in test[1:]]
 
     @property
+    def start_s(self) -> int:
+        """How long it may take to get healthy; none where the file says nothing."""
+        return int(str(self.raw.get("healthcheck", {}).get("start_period", "0s")).removesuffix("s"))
+
+    @property
     def grace_s(self) -> int:
         """From SIGTERM to SIGKILL; ten seconds where the file says nothing."""
         return int(str(self.raw.get("stop_grace_period", "10s")).removesuffix("s"))

@@ -161,7 +161,7 @@ class Check:
 
         def until_ready() -> None:
             container.start(image)
-            deadline = time.monotonic() + READY_S
+            deadline = time.monotonic() + max(READY_S, container.service.start_s)
             while not container.healthy():
                 if not container.running() or time.monotonic() > deadline:
                     raise Failed(f"{name} did not get healthy:\n{container.logs()[-3000:]}")
