@@ -22,7 +22,7 @@ MAX_ERROR_BYTES = 8_192
 _SHOWN_CHARS = 200
 _CODE = re.compile(r"[A-Za-z0-9_.\-]{1,40}\Z")
 _SOUND = re.compile(r"audio/(pcm|pcm_s16le|x-pcm|l16|raw|x-raw|wav|wave|x-wav|vnd\.wave)\Z")
-_HZ = re.compile(r"[0-9]{4,6}\Z")
+_HZ = re.compile(r"[0-9]{1,6}\Z")
 _RATE = re.compile(r";\s*rate\s*=\s*\"?(\d{4,6})\b", re.IGNORECASE)
 
 
