@@ -188,7 +188,8 @@ def test_chunks_are_25_then_50_then_100_tokens_and_see_3_more() -> None:
 
 @pytest.mark.parametrize(("prompt", "first"), [(0, 25), (25, 25), (26, 49), (49, 26), (240, 35)])
 def test_a_recording_and_the_first_chunk_fill_whole_masks(prompt: int, first: int) -> None:
-    assert chunks_of(300, prompt)[1][0] == first
+    offsets = [offset for offset, _ in chunks_of(300, prompt)]
+    assert offsets[:3] == [0, first, first + 50], "and only the first"
     assert (prompt + first) % 25 == 0
 
 
@@ -349,12 +350,48 @@ def test_an_error_of_the_language_model_is_raised_to_whoever_listens(text: str) 
     assert engine.open_runs == 0
 
 
+def test_an_error_of_the_vocoder_closes_the_run_at_once() -> None:
+    engine = FakeEngine(90)
+
+    def fail() -> None:
+        raise RuntimeError("the vocoder broke")
+
+    engine.in_vocoder = fail
+    with pytest.raises(RuntimeError, match="vocoder broke") as told:
+        say(engine, "A sentence of some length.")
+    assert engine.open_runs == 0, "not only when the error is forgotten"
+    assert told.tb is not None
+
+
+def test_at_twice_the_speed_more_words_are_in_the_first_chunk() -> None:
+    text = " ".join(["word"] * 20)
+    once, twice = (say(FakeEngine(200), text, speed=speed)[0].words for speed in ("1", "2"))
+    assert len(twice) > 1.5 * len(once) > 0
+
+
+def test_flowing_text_without_the_end_of_a_sentence_is_cut_at_480_characters() -> None:
+    engine = FakeEngine(30, 30, 30)
+    say(engine, *(["a clause of thirty characters,"] * 40), text="flowing")
+    assert engine.lengths == []
+    assert len(engine.said) == 40
+
+
 def test_a_run_without_an_end_is_cut_off_and_the_next_one_speaks() -> None:
     engine = FakeEngine(100_000, 20)
     found = say(engine, "Hello there.", "More.")
     wanted = longest("Hello there.") + 20
     assert sum(chunk.samples.size for chunk in found) == wanted * PER_TOKEN
     assert engine.open_runs == 0
+
+
+def test_how_fast_a_voice_speaks_is_not_learnt_from_a_run_without_an_end() -> None:
+    model = CosyVoice2Model(FakeEngine(100_000, 60))
+    paces = []
+    for text in ("Hello there.", "A sentence that ends."):
+        list(model.stream([Segment(text, 0)], VoiceSpec("", ""), CancelToken()))
+        paces.append(model._paces["default"].ms_per_unit)
+    assert paces[0] == WordPace().ms_per_unit
+    assert paces[1] != paces[0]
 
 
 def test_a_machine_that_computes_for_ever_is_unavailable() -> None:
@@ -378,8 +415,10 @@ def test_waiting_is_not_computing() -> None:
 
 def test_flowing_text_is_one_run_until_a_sentence_ends_behind_240_characters() -> None:
     clause, sentence = "a clause of thirty characters,", "and here the sentence ends now."
-    engine = FakeEngine(600, 600)
-    say(engine, *([clause] * 7), sentence, clause, sentence, text="flowing")
+    engine = FakeEngine(600, 300)
+    found = say(engine, *([clause] * 7), sentence, clause, sentence, text="flowing")
+    assert longest(clause) < 600, "the bound grows with the run"
+    assert sum(chunk.samples.size for chunk in found) == 900 * PER_TOKEN
     assert len(engine.manners) == 2
     assert engine.said[7].strip() == sentence
     assert [text.strip() for text in engine.said] == [*([clause] * 7), sentence, clause, sentence]

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,22 @@ def test_flowing_text_is_heard_before_it_is_written_to_its_end(model: CosyVoice2
     found = chunks(model, written(), spec(text="flowing"), most=1)
     assert found[0].samples.size
     assert len(taken) < 15
+
+
+def test_a_long_recording_makes_flowing_text_wait_no_longer(
+    model: CosyVoice2Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speakers = engine_of(model)._speakers
+    own = speakers["default"]
+    # Twelve seconds: the package would wait for a hundred tokens of text to go with them.
+    longer = replace(own, speech=own.speech.repeat(1, 6), mel=own.mel.repeat(1, 6, 1))
+    taken: dict[str, int] = {}
+    for name, speaker in (("short", own), ("long", longer)):
+        monkeypatch.setitem(speakers, "default", speaker)
+        texts = (Segment("and so on,", 11 * n) for n in range(40))
+        assert chunks(model, texts, spec(text="flowing"), most=1)[0].samples.size
+        taken[name] = 40 - len(list(texts))
+    assert taken["long"] == taken["short"] < 10
 
 
 def test_who_waits_for_text_keeps_nobody_from_speaking(model: CosyVoice2Model) -> None:

@@ -146,7 +146,7 @@ class CosyVoice2Model:
     ) -> Iterator[PcmChunk]:
         """Raises as `check_voice` does, and Unavailable where computing takes for ever."""
         spec = self.check_voice(spec)
-        pieces = _fitting(segments, cancel)
+        pieces = _fitting(segments)
         manner, flowing = self._manner(spec), spec.settings["text"] == "flowing"
         # A run takes what follows its first piece as it is written, or nothing of it.
         for piece in pieces:
@@ -173,11 +173,9 @@ def _written(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _fitting(segments: Iterable[Segment], cancel: CancelToken) -> Iterator[Segment]:
+def _fitting(segments: Iterable[Segment]) -> Iterator[Segment]:
     """What can be said of the segments, none of them too long for one run."""
     for segment in segments:
-        if cancel.cancelled:
-            return
         if len(segment.text) <= _LONGEST_SEGMENT:
             pieces = [segment]
         else:
@@ -231,7 +229,7 @@ class _Run:
                 if len(tokens) >= self._limit:
                     self._cut_off = True
                     break
-        if not cancel.cancelled and len(tokens) > plan.offset:
+        if len(tokens) > plan.offset:
             with self._computing():
                 sound = vocoder(tokens, plan.offset, final=True)
             yield sound
