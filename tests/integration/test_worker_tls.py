@@ -21,6 +21,7 @@ from src.orchestrator.worker_tls import WorkerTlsSettings
 from src.rpc.errors import CorruptModel, Exhausted, Unavailable
 from src.rpc.generated import tts_pb2 as pb
 from src.rpc.generated import tts_pb2_grpc
+from src.rpc.tls import ClientTls
 from tests.certificates import Authority, Pair
 from tests.integration.live import installation, talker
 from tests.integration.test_tts_client import COSY, PIPER, FakeWorker, Fleet, ask, heard, until
@@ -141,10 +142,19 @@ async def test_a_preload_goes_over_tls(ours: Authority, pair: Pair) -> None:
     assert worker.calls("LoadModel")[0].model_id == "cosy-en"
 
 
-async def test_a_certificate_that_signed_itself_is_its_own_authority(ours: Authority) -> None:
-    alone = Pair(ours.ca, ours.folder / "ca.key")
-    said = await refusal(TlsWorker(pair=alone), ca=ours.ca)
-    assert "is not for '127.0.0.1'" in said, "trusted, then: only its name is wrong"
+async def test_a_certificate_may_be_trusted_by_itself(pair: Pair) -> None:
+    async with fleet(TlsWorker(pair=pair), ca=pair.cert) as made:
+        assert (await made.router.open(ask())).info.worker == "w"
+
+
+@pytest.mark.parametrize("trusted", ["ca", "cert"])
+async def test_there_is_nothing_to_say_of_a_worker_that_is_fine(
+    ours: Authority, pair: Pair, trusted: str
+) -> None:
+    worker = await TlsWorker(pair=pair, callers=ours.ca).start()
+    client = ClientTls(ours.ca if trusted == "ca" else pair.cert, pair.cert, pair.key)
+    assert await client.complaint(worker.target) == ""
+    await worker.stop()
 
 
 async def test_a_mixed_fleet_is_called_as_each_worker_announces(
@@ -281,6 +291,14 @@ async def test_plain_workers_elsewhere_use_up_no_tries(ours: Authority, pair: Pa
         assert (await made.router.open(ask())).info.worker == "z"
 
 
+async def test_a_model_is_loaded_where_it_may_be(ours: Authority, pair: Pair) -> None:
+    worker = TlsWorker(name="z", pair=pair)
+    async with fleet(worker, ca=ours.ca) as made:
+        announce(made, "a-plain")
+        await made.router.load("piper-joe")
+    assert worker.calls("LoadModel")
+
+
 async def test_only_plain_workers_elsewhere_is_an_error_that_says_so(
     ours: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,6 +313,15 @@ async def test_only_plain_workers_elsewhere_is_an_error_that_says_so(
         with pytest.raises(Unavailable, match=r"tts\.tls\.allow_plain"):
             await made.router.open(ask())
     assert [record.__dict__["worker"] for record in caplog.records] == ["plain", "draining-too"]
+
+
+async def test_of_one_that_was_tried_and_one_that_is_refused_the_first_is_told(
+    ours: Authority, others: Authority
+) -> None:
+    async with fleet(TlsWorker(pair=others.sign("foreign")), ca=ours.ca) as made:
+        announce(made, "plain")
+        with pytest.raises(Unavailable, match="did not sign"):
+            await made.router.open(ask())
 
 
 async def test_a_full_fleet_is_full_whatever_else_is_refused(ours: Authority, pair: Pair) -> None:
