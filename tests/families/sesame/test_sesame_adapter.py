@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from src.audio.pcm import Float32
 from src.rpc.errors import (
     CorruptModel,
     FailedPrecondition,
     InvalidArgument,
+    Unavailable,
     UnknownName,
 )
 from src.tts.adapters import adapter_for
@@ -195,36 +198,72 @@ def test_a_pack_without_weights_is_refused() -> None:
         load({})
 
 
-def test_models_come_and_go_and_leave_nothing(tiny_pack: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["weights.CsmWeights", "device_model.DeviceModel"])
+def test_a_model_that_does_not_fit_says_what_to_lower(
+    where: str, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
     files, before = pack_with(tiny_pack, tmp_path, {}), live_models()
-    for _ in range(5):
+    monkeypatch.setattr(f"src.tts.families.csm.{where}", full)
+    with pytest.raises(Unavailable, match="memory of cpu; lower max_slots or positions"):
+        load(files)
+    monkeypatch.undo()
+    assert live_models() == before
+    load(files, max_slots="1", positions="256").unload()
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.fixture
+def only_what_is_new() -> Iterator[None]:
+    """Looking through all that pytest and torch have made takes longer than a load."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("only_what_is_new")
+def test_fifty_loads_and_unloads_leave_nothing(tiny_pack: Path, tmp_path: Path) -> None:
+    """The first few fill what torch and the allocator keep for themselves."""
+    files, models = pack_with(tiny_pack, tmp_path, {}), live_models()
+    tensors, resident = [], []
+    for _ in range(50):
         model = load(files, max_slots="2", positions="256")
-        said(model, "Hello.", 2)
+        assert said(model, "Hello.", 1).size
         dead = weakref.ref(model._lease.engine)
         model.unload()
         del model
-        gc.collect()
+        tensors.append(live_tensors())
+        resident.append(resident_bytes())
         assert dead() is None
-    assert live_models() == before
+    assert live_models() == models
+    assert len(set(tensors[1:])) == 1
+    held = sum(path.stat().st_size for path in files.values())
+    assert min(resident[-10:]) - min(resident[5:15]) < held, "a model's weights in 35 loads"
 
 
 def test_two_hundred_utterances_leave_nothing(model: SesameModel) -> None:
     engine = model._lease.engine
-
-    def tensors(_: object = None) -> int:
-        import torch
-
-        gc.collect()
-        return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
     def utter(number: int) -> int:
         return said(model, f"{number}", 1).size
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(utter, range(20)))
-        before = engine.run(tensors)
+        before = engine.run(lambda _: live_tensors())
         assert all(threads.map(utter, range(200)))
-    assert engine.run(tensors) < before + 200, "less than one for an utterance"
+    assert engine.run(lambda _: live_tensors()) < before + 200, "less than one for an utterance"
     assert engine.stats.active == 0
 
 
