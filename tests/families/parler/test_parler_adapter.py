@@ -233,6 +233,16 @@ def test_memory_that_is_short_while_speaking_is_said_so(
     assert not threads()
 
 
+def test_memory_that_is_short_for_the_last_window_is_said_so(
+    brief_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is decoded when the model has ended, and so outside of its call."""
+    engine = load(brief_pack)._engine
+    monkeypatch.setattr(engine._model.audio_encoder, "decode", full)
+    with pytest.raises(Unavailable, match="max_streams"):
+        engine.decode(np.zeros((engine.codebooks, 3), dtype=np.int64))
+
+
 def test_memory_that_is_short_while_loading_is_said_so(
     brief_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
