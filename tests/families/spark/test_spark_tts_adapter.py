@@ -324,7 +324,7 @@ def fail(*_: object, **__: object) -> None:
     raise RuntimeError("planned")
 
 
-@pytest.mark.parametrize("where", ["draw", "decode"])
+@pytest.mark.parametrize("where", ["opening", "draw", "decode"])
 @pytest.mark.parametrize(
     ("fail", "kind", "words"),
     [
@@ -341,12 +341,14 @@ def test_an_error_in_the_family_is_told_at_once_and_without_the_text(
     words: str,
 ) -> None:
     _, voicing = model._parts  # type: ignore[misc]
-    if where == "draw":
+    model._openings._kept.clear()
+    voice = CONTROLLABLE if where == "opening" else "default"
+    if where != "decode":
         monkeypatch.setattr(spark_llm, "pick", fail)
     else:
         monkeypatch.setattr(voicing.bicodec, "detokenize", fail)
     with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(sound, model)
+        future = thread.submit(sound, model, TEXT, voice)
         with pytest.raises(kind, match=f"spark-tts-tiny.*{words}"):
             future.result(20)
     monkeypatch.undo()
