@@ -145,9 +145,9 @@ class Spark:
         import transformers.models.qwen2.modeling_qwen2
         import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
-        from src.tts.families.spark.pack import use_sources
+        from src.tts.families.spark.pack import SOURCE
 
-        use_sources()
+        SOURCE.offer()
         import sparktts.models.audio_tokenizer  # noqa: F401
 
     def loading(self) -> AbstractContextManager[None]:

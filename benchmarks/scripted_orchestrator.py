@@ -25,7 +25,7 @@ from src.common.logging import setup_logging
 from src.orchestrator.config import OrchestratorConfig, orchestrator_config, overrides_from, parser
 from src.orchestrator.metrics import Metrics, SessionMetrics
 from src.orchestrator.ports import MIC_RATE, Transcript
-from src.orchestrator.routing import RoutingPolicy
+from src.orchestrator.routing_policy import RoutingPolicy
 from src.orchestrator.server import CannotStart, Orchestrator
 
 LAG_EVERY_MS = 10

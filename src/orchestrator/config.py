@@ -16,7 +16,7 @@ from src.orchestrator.auth import refuse_open_door
 from src.orchestrator.duplex_settings import DuplexSettings
 from src.orchestrator.llm_context import LlmSettings
 from src.orchestrator.rooms.settings import LiveKitSettings
-from src.orchestrator.routing import RoutingPolicy, load_policy
+from src.orchestrator.routing_policy import RoutingPolicy, load_policy
 from src.orchestrator.vad import VadSettings
 from src.orchestrator.worker_tls import WorkerTlsSettings
 from src.orchestrator.ws_endpoint import EndpointLimits

@@ -11,14 +11,8 @@ from src.common.clock import Clock, MonotonicClock
 from src.orchestrator.fleet_models import FleetModel, announced_model, merged_model, worker_json
 from src.orchestrator.ports import VoiceInfo, VoiceRequest
 from src.orchestrator.registry import Registry
-from src.orchestrator.routing import (
-    Decision,
-    Preload,
-    RoutingPolicy,
-    WorkerView,
-    catalog,
-    decide,
-)
+from src.orchestrator.routing import Decision, Preload, WorkerView, catalog, decide
+from src.orchestrator.routing_policy import RoutingPolicy
 from src.orchestrator.tts_client import LOAD_MS, QUICK_MS, WorkerClient, WorkerSession
 from src.orchestrator.worker_tls import WorkerTls
 from src.rpc.errors import DuplexError, Exhausted, Unavailable, UnknownName

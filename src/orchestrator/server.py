@@ -43,7 +43,8 @@ from src.orchestrator.metrics import Metrics
 from src.orchestrator.ports import Recognizer, Transport, VoiceRequest
 from src.orchestrator.registry import Registry
 from src.orchestrator.router import SpeechRouter
-from src.orchestrator.routing import HOW_TO_START, RoutingPolicy
+from src.orchestrator.routing import HOW_TO_START
+from src.orchestrator.routing_policy import RoutingPolicy
 from src.orchestrator.session import DuplexSession
 from src.orchestrator.vad import VoiceActivityDetector
 from src.orchestrator.web_page import WebPage

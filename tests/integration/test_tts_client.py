@@ -21,7 +21,7 @@ from src.orchestrator.ports import (
 )
 from src.orchestrator.registry import Registry
 from src.orchestrator.router import MAX_TRIES, SpeechRouter
-from src.orchestrator.routing import ModePolicy, RoutingPolicy
+from src.orchestrator.routing_policy import ModePolicy, RoutingPolicy
 from src.orchestrator.tts_client import MAX_UNSENT_CHARS
 from src.rpc.announcement import Announcement, ModelEntry
 from src.rpc.errors import (

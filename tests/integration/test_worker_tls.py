@@ -15,7 +15,7 @@ import pytest
 from src.orchestrator.config import OrchestratorConfig
 from src.orchestrator.ports import ControlAction
 from src.orchestrator.router import SpeechRouter
-from src.orchestrator.routing import ModePolicy, RoutingPolicy
+from src.orchestrator.routing_policy import ModePolicy, RoutingPolicy
 from src.orchestrator.server import Orchestrator
 from src.orchestrator.worker_tls import WorkerTlsSettings
 from src.rpc.errors import CorruptModel, Exhausted, Unavailable

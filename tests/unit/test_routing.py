@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from src.common.config import ConfigError, parse_config
 from src.orchestrator.ports import VoiceRequest
-from src.orchestrator.routing import (
-    ModePolicy,
-    Preload,
-    RoutingPolicy,
-    WorkerView,
-    decide,
-    load_policy,
-)
+from src.orchestrator.routing import Preload, WorkerView, decide
+from src.orchestrator.routing_policy import ModePolicy, RoutingPolicy, load_policy
 from src.rpc.announcement import (
     Announcement,
     Audio,

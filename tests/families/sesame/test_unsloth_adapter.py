@@ -24,7 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from src.audio.pcm import Float32, from_bytes, to_float32
 from src.common.processes import free_port
 from src.orchestrator.ports import VoiceRequest
-from src.orchestrator.routing import WorkerView, decide, load_policy
+from src.orchestrator.routing import WorkerView, decide
+from src.orchestrator.routing_policy import load_policy
 from src.rpc.errors import CorruptModel, Exhausted, FailedPrecondition, InvalidArgument, UnknownName
 from src.rpc.generated import tts_pb2 as pb
 from src.rpc.generated import tts_pb2_grpc
