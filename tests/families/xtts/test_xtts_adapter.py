@@ -44,6 +44,7 @@ def test_a_text_is_24_khz_sound_in_range(model: XttsModel) -> None:
     assert float(np.std(sound)) > 0.0
 
 
+@pytest.mark.usefixtures("brief")
 def test_another_text_or_voice_sounds_otherwise(model: XttsModel) -> None:
     one = said(model, TEXT)
     for other in (said(model, "Where is it?"), said(model, TEXT, spec("Ben"))):
@@ -96,6 +97,7 @@ def test_a_text_that_does_not_end_is_cut_by_its_length(model: XttsModel) -> None
         assert abs(codes - most_codes(spoken_ms(text))) <= 1
 
 
+@pytest.mark.usefixtures("brief")
 def test_speed_makes_it_shorter_by_as_much(model: XttsModel) -> None:
     normal, fast, slow = (said(model, TEXT, spec(speed=s)).size for s in ("1", "2.0", "0.5"))
     assert fast == pytest.approx(normal / 2, rel=0.02)
@@ -110,6 +112,7 @@ def test_a_text_that_ends_at_once_is_spoken_at_every_speed(tiny_pack: Path, tmp_
     assert 0 < said(ending, TEXT, spec(speed="2.0")).size < 24_000 // 4
 
 
+@pytest.mark.usefixtures("brief")
 def test_sampling_settings_reach_the_model(model: XttsModel) -> None:
     likeliest = said(model, TEXT)
     for changed in ({"top_k": "50", "temperature": "1.5"}, {"repetition_penalty": "1.0"}):
@@ -153,6 +156,7 @@ def test_a_text_of_any_length_is_spoken_whole(
 # --- several at once ---
 
 
+@pytest.mark.usefixtures("brief")
 def test_streams_at_once_sound_as_they_do_alone(model: XttsModel) -> None:
     """Each with its own text, voice and settings."""
     texts = ["Hello", "Other words here", "And a third, longer one", "Four"]
@@ -230,6 +234,7 @@ def test_without_a_view_for_each_they_do_not(
 FREELY = {"top_k": "50", "top_p": "0.95", "temperature": "1.2"}
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_seed_draws_the_same_again_in_every_piece_and_another_one_does_not(
     model: XttsModel,
 ) -> None:
@@ -341,6 +346,7 @@ def test_an_error_in_the_package_reaches_the_listener(
     assert TEXT not in error.value.message
 
 
+@pytest.mark.usefixtures("brief")
 def test_sound_that_is_no_number_is_an_error_and_the_next_stream_speaks(model: XttsModel) -> None:
     import torch
 
@@ -394,6 +400,7 @@ def test_the_models_languages_are_those_it_can_read_here(model: XttsModel) -> No
     assert set(model.languages) == set(LANGUAGES) - missing
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     ("language", "text"),
     [
@@ -488,6 +495,7 @@ def test_what_it_does_not_know_is_refused(
 # --- memory ---
 
 
+@pytest.mark.usefixtures("brief")
 def test_unloaded_its_weights_are_gone(tiny_pack: Path) -> None:
     own = load(files_of(tiny_pack))
     said(own, "Well.")
@@ -501,14 +509,14 @@ def test_unloaded_its_weights_are_gone(tiny_pack: Path) -> None:
     assert voices() is None
 
 
-def test_twenty_utterances_leave_nothing(model: XttsModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("brief")
+def test_twenty_utterances_leave_nothing(model: XttsModel) -> None:
     import torch
 
     def tensors() -> int:
         gc.collect()
         return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
-    monkeypatch.setattr(xtts_stream, "most_codes", lambda _: 25)
     assert said(model, "Well.").size
     before = tensors()
     for i in range(20):
