@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from src.rpc.errors import CODES
 from src.rpc.ws_events import Latency
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -21,6 +22,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TURN_S = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.65, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 _EDGE_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25)
 _JITTER_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.04, 0.1, 0.5)
+_VERDICTS = ("real", "false")
 _STAGES = ("endpoint", "transcript", "first_token", "first_clause", "first_audio")
 
 
@@ -89,6 +91,15 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self._show_from_the_start()
+
+    def _show_from_the_start(self) -> None:
+        """A rate counts from the first value that was seen: without a zero the first of each kind
+        would be on no curve."""
+        for verdict in _VERDICTS:
+            self.barge_ins.labels(verdict)
+        for code in CODES:
+            self.refused.labels(code)
 
     def observer(self) -> SessionMetrics:
         return SessionMetrics(self)

@@ -129,6 +129,8 @@ _CODES: dict[str, type[DuplexError]] = {
         CorruptModel,
     )
 }
+CODES = tuple(_CODES)
+"""Every code that an error of ours may have."""
 _STATUSES: dict[grpc.StatusCode, type[DuplexError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
