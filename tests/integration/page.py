@@ -36,6 +36,18 @@ window.told = (type, fields = {}) => log
   .map(({ detail }) => (type === 'event' ? detail.event : detail))
   .filter((detail) => Object.entries(fields).every(([key, value]) => detail[key] === value));
 window.level = () => log.findLast((entry) => entry.type === 'level')?.detail ?? {};
+// What the microphone sent over the WebSocket: bytes, and seconds of the sound card's clock.
+window.sent = [];
+const Context = window.AudioContext;
+let clock;
+window.AudioContext = class extends Context {
+  constructor(options) { super(options); clock = this; }
+};
+const send = WebSocket.prototype.send;
+WebSocket.prototype.send = function (data) {
+  if (typeof data !== 'string') window.sent.push({ bytes: data.byteLength, at: clock.currentTime });
+  send.call(this, data);
+};
 window.streams = [];
 const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
 navigator.mediaDevices.getUserMedia = async (wanted) => {

@@ -14,7 +14,7 @@ import pytest_asyncio
 import soundfile
 from playwright.async_api import Browser
 
-from src.audio.pcm import Float32
+from src.audio.pcm import SAMPLE_RATE, Float32
 from src.common.livekit_server import LiveKitServer, LiveKitUnavailable
 from src.demo.wer import letter_error_rate, spell
 from tests.audio_fixtures import RATE, at_level, has_piper, silence, user_speech
@@ -279,6 +279,18 @@ async def test_a_click_that_changed_nothing_is_asked_for_again(page: TalkingPage
     await page.run("log.length = 0, session.resume()")
     shown = await page.until_told("trouble")
     assert (shown["code"], shown["fatal"]) == ("autoplay", False)
+
+
+@pytest.mark.parametrize("place", ["ws"], indirect=True)
+async def test_the_microphone_is_sent_whole_and_once(page: TalkingPage) -> None:
+    """As much sound as the sound card's clock went on; what is sent arrives, or the socket ends."""
+    await page.live()
+    await page.talk(at_level(user_speech("Good morning."), -22.0))
+    await page.until("sent.at(-1).at - sent[0].at > 6", "six seconds of microphone")
+    sent: list[dict[str, float]] = await page.run("sent")
+    assert {one["bytes"] for one in sent} == {2 * SAMPLE_RATE // 50}
+    passed_s = sent[-1]["at"] - sent[0]["at"]
+    assert (len(sent) - 1) * 0.02 == pytest.approx(passed_s, abs=0.25)
 
 
 async def test_another_voice_takes_over_at_the_next_utterance(page: TalkingPage) -> None:
