@@ -20,12 +20,12 @@ from src.tts.catalog import ModelMeta
 from src.tts.families.espeak.engine import EngineUnavailable
 from src.tts.families.joins import Joiner
 from src.tts.families.melo.bounds import Stopped
-from src.tts.families.melo.chance import new_generator
 from src.tts.families.melo.english import Dictionary, English, WordPiece, package_rules, spell
 from src.tts.families.melo.guess import EspeakGuess
 from src.tts.families.melo.network import Network, Pack, Sound, open_network
 from src.tts.families.melo.sources import FAMILY, INSTALL, SOURCE, package_folder
 from src.tts.families.settings import (
+    SEED,
     Range,
     helps,
     known_language,
@@ -35,6 +35,7 @@ from src.tts.families.settings import (
 from src.tts.families.torch_host import (
     check_device,
     give_back_memory,
+    own_generator,
     quiet_transformers,
     speaking,
     well_behaved,
@@ -58,7 +59,7 @@ _SETTINGS = {
     "noise": Range(0.0, 1.0, 0.6, "variation of the sound"),
     "noise_w": Range(0.0, 1.5, 0.8, "variation of the rhythm; noise 0 too: the same every time"),
     "sdp_ratio": Range(0.0, 1.0, 0.2, "how much of the rhythm is drawn, the rest being steady"),
-    "seed": Range(0, 2**31 - 1, 0, "draws the same sounds again; 0 draws others each time"),
+    "seed": SEED,
 }
 
 # What the other languages' text front ends want, besides a voice pack each.
@@ -152,7 +153,7 @@ class MeloModel:
         """One chunk for a segment. Raises as `check_voice` and `speaking` do."""
         spec = self.check_voice(spec)
         values = read_settings(_SETTINGS, spec.settings)
-        chance = new_generator(int(values.pop("seed")))
+        chance = own_generator(int(values.pop("seed")))
         sound = Sound(self._speakers[spec.voice], **values)
         joiner = Joiner(self.native_sample_rate)
         for segment in segments:

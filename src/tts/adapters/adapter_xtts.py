@@ -11,6 +11,7 @@ import numpy as np
 from src.rpc.errors import UnknownName
 from src.tts.catalog import ModelMeta
 from src.tts.families.settings import (
+    SEED,
     Range,
     helps,
     known_voice,
@@ -18,8 +19,8 @@ from src.tts.families.settings import (
     read_settings,
     require_modules,
 )
-from src.tts.families.torch_host import give_back_memory, speaking
-from src.tts.families.xtts.draws import drawing, own_chance
+from src.tts.families.torch_host import give_back_memory, own_generator, speaking
+from src.tts.families.xtts.draws import drawing
 from src.tts.families.xtts.loading import Loaded, open_model
 from src.tts.families.xtts.stream import speak
 from src.tts.families.xtts.text import Piece, check_extras, speaks
@@ -35,7 +36,7 @@ _VOICE = {
     "top_k": Range(1, 200, 50, "candidates for each step; 1 repeats itself exactly"),
     "top_p": Range(0.05, 1.0, 0.85, "share of the likeliest candidates"),
     "repetition_penalty": Range(1.0, 20.0, 10.0, "against sounds that hang"),
-    "seed": Range(0, 2**31 - 1, 0, "draws the same codes again; 0 draws others each time"),
+    "seed": SEED,
 }
 _ENGINE = {
     "max_streams": Range(1, 64, 4, "utterances at once"),
@@ -139,7 +140,7 @@ class XttsModel:
     def _sampling(self, settings: Mapping[str, float]) -> dict[str, Any]:
         """For all pieces of a stream: each goes on drawing where the last one ended."""
         draws = drawing(
-            own_chance(int(settings["seed"]), self._loaded.model.device),
+            own_generator(int(settings["seed"]), self._loaded.model.device),
             temperature=settings["temperature"],
             top_k=int(settings["top_k"]),
             top_p=settings["top_p"],

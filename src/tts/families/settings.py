@@ -56,6 +56,12 @@ class Range:
         return value
 
 
+SEED = Range(
+    0, 2**31 - 1, 0, "the same seed says the same text in the same way; 0: in another each time"
+)
+"""Of families whose stream has a generator of its own: `own_generator` in torch_host."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One of a few names."""

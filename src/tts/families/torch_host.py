@@ -117,6 +117,19 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines)}"[:_SHORT]
 
 
+def own_generator(seed: int, device: Any = "cpu") -> Any:
+    """A stream's own `torch.Generator`, by chance where the seed is 0: what is said does not depend
+    on who else speaks, as it would with torch's one generator."""
+    import torch
+
+    generator = torch.Generator(device)
+    if seed:
+        generator.manual_seed(seed)
+    else:
+        generator.seed()
+    return generator
+
+
 def one_folder(model_id: str, what: str, folder: Path, files: Mapping[str, Path]) -> Path:
     """`folder`, in which all of these files lie by their names, as a family's own loader needs it.
 

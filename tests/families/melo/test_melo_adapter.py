@@ -229,6 +229,16 @@ def test_a_stream_cancelled_before_it_begins_runs_nothing(model: MeloModel) -> N
     assert runs == []
 
 
+def test_a_cancel_after_the_last_layer_still_keeps_the_segment_back(model: MeloModel) -> None:
+    cancel = CancelToken()
+    hook = model._network._net.dec.register_forward_hook(lambda *_: cancel.cancel())
+    try:
+        stream = model.stream([Segment("Hello.", 0)], VoiceSpec("", "", STILL), cancel)
+        assert list(stream) == []
+    finally:
+        hook.remove()
+
+
 def test_one_streams_cancel_ends_no_other(model: MeloModel) -> None:
     """Both run on hooks of one network, and the other one is in the middle of its run."""
     expected, cancel, spec = speak(model, TEXT), CancelToken(), VoiceSpec("", "", STILL)

@@ -15,7 +15,8 @@ from src.audio.pcm import Float32
 from src.rpc.errors import InvalidArgument
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
 from src.tts.catalog import ModelMeta
-from src.tts.families.melo.chance import drawing_from, new_generator, share_no_chance
+from src.tts.families.melo.chance import drawing_from, share_no_chance
+from src.tts.families.torch_host import own_generator
 from src.tts.segmenter import Segmenter
 from src.tts.tts_base import CancelToken, PcmChunk, VoiceSpec
 from tests.families.melo.tiny import files_of
@@ -110,9 +111,9 @@ def test_who_calls_the_package_without_us_draws_from_torchs_own() -> None:
     torch.manual_seed(5)
     assert torch.equal(models.torch.randn(2, 3), expected)
     like = torch.zeros(2, 3, dtype=torch.float64)
-    with drawing_from(new_generator(5)):
+    with drawing_from(own_generator(5)):
         drawn = models.torch.randn_like(like)
-        with drawing_from(new_generator(5)):
+        with drawing_from(own_generator(5)):
             assert torch.equal(models.torch.randn(2, 3), expected)
         assert not torch.equal(models.torch.randn(2, 3), expected)
     assert drawn.dtype == like.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def test_unloading_closes_what_guesses_words_and_gives_the_memory_back(
     guess = model._guess
     model.unload()
     assert done == [guess, "cpu"]
+
+
+def test_loading_finds_the_package_by_itself(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "melo"]:
+        monkeypatch.delitem(sys.modules, name)
+    model = load(files_of(tiny_pack))
+    assert seconds(model, "Hello.")
 
 
 def test_nothing_to_say_is_no_chunk(tiny_pack: Path) -> None:

@@ -25,10 +25,10 @@ import torch
 from src.tts.adapters.adapter_melo import MeloAdapter, MeloModel
 from src.tts.catalog import ModelMeta
 from src.tts.families.melo.bounds import Stopped
-from src.tts.families.melo.chance import new_generator
 from src.tts.families.melo.english import Dictionary, English, spell
 from src.tts.families.melo.network import Sound
 from src.tts.families.melo.sources import SOURCE, package_folder
+from src.tts.families.torch_host import own_generator
 from src.tts.tts_base import CancelToken
 from tests.families.melo.tiny import files_of, make_net
 
@@ -190,7 +190,7 @@ def test_the_sound_is_that_of_the_packages_call(
             length_scale=1 / speed,
         )[0][0, 0].numpy()
     sound = Sound(speaker=3, speed=speed, noise=0.0, noise_w=0.0, sdp_ratio=sdp_ratio)
-    ours = network.say(run, sound, new_generator(1), CancelToken())
+    ours = network.say(run, sound, own_generator(1), CancelToken())
     assert theirs.std() > 0.01
     np.testing.assert_allclose(ours, np.clip(theirs, -1, 1), atol=2e-4)
 

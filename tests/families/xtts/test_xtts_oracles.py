@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from src.tts.adapters.adapter_xtts import XttsModel
+from src.tts.families.torch_host import own_generator
 from src.tts.families.xtts import stream as xtts_stream
-from src.tts.families.xtts.draws import Scores, drawing, own_chance
+from src.tts.families.xtts.draws import Scores, drawing
 from src.tts.families.xtts.stream import Growing, Prepared, Watch, session_view
 from src.tts.tts_base import CancelToken
 
@@ -130,9 +131,9 @@ def test_our_own_draws_are_the_packages(model: XttsModel, top_k: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         theirs = sound(**sampling)
-    ours = sound(**drawing(own_chance(7, whole.device), **sampling))
+    ours = sound(**drawing(own_generator(7, whole.device), **sampling))
     assert np.array_equal(ours, theirs)
-    assert not np.array_equal(ours, sound(**drawing(own_chance(8, whole.device), **sampling)))
+    assert not np.array_equal(ours, sound(**drawing(own_generator(8, whole.device), **sampling)))
 
 
 @pytest.mark.parametrize("asked", ["argmax", "log_softmax"])
@@ -140,7 +141,7 @@ def test_scores_give_nothing_but_a_draw(asked: str) -> None:
     """A package that would draw in another way fails, and does not say anything."""
     import torch
 
-    scores = Scores(torch.zeros(1, 4), own_chance(1, "cpu"))
+    scores = Scores(torch.zeros(1, 4), own_generator(1, "cpu"))
     with pytest.raises(TypeError):
         getattr(torch, asked)(scores, dim=-1)
 

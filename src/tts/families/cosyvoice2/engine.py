@@ -14,7 +14,7 @@ from src.audio.pcm import Float32
 from src.tts.families.cosyvoice2.layers import Sampler, Stops, StretchedFlow
 from src.tts.families.cosyvoice2.plan import END_OF_PROMPT
 from src.tts.families.cosyvoice2.speech import Manner, Vocoder
-from src.tts.families.torch_host import give_back_memory, speaking
+from src.tts.families.torch_host import give_back_memory, own_generator, speaking
 from src.tts.segmenter import speakable
 from src.tts.tts_base import CancelToken
 
@@ -124,13 +124,7 @@ class TorchEngine:
 
     def _language_model(self, manner: Manner, *, flowing: bool) -> Any:
         """A view of it that samples with this run's draws."""
-        import torch
-
-        generator = torch.Generator()
-        if manner.seed:
-            generator.manual_seed(manner.seed)
-        else:
-            generator.seed()
+        generator = own_generator(manner.seed)
         llm = copy.copy(self._model.llm)
         llm.sampling = Sampler(llm.speech_token_size, generator, flowing=flowing)
         return llm

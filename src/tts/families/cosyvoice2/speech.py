@@ -24,6 +24,7 @@ from src.tts.families.cosyvoice2.plan import (
     unmarked,
 )
 from src.tts.families.settings import (
+    SEED,
     Choice,
     Range,
     Setting,
@@ -46,7 +47,7 @@ _VOICE: dict[str, Setting[object]] = {
     "text": Choice(
         ("clauses", "flowing"), "clauses", "clauses are said one by one, or in one breath"
     ),
-    "seed": Range(0, 2**31 - 1, 0, "draws the same tokens again; 0 draws others each time"),
+    "seed": SEED,
 }
 SETTINGS = helps(_VOICE)
 # The flow computes a run's tokens again for each of its chunks, so a run is cut off at a sentence.

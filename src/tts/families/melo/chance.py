@@ -21,18 +21,6 @@ class _Mine(threading.local):
 _mine = _Mine()
 
 
-def new_generator(seed: int) -> Any:
-    """A stream's own, by chance for 0. On the processor: a seed sounds alike on every device."""
-    import torch
-
-    generator = torch.Generator()
-    if seed:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
-    return generator
-
-
 @contextmanager
 def drawing_from(generator: Any) -> Iterator[None]:
     """Inside, on this thread, the network draws from it."""

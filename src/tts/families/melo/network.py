@@ -213,7 +213,6 @@ def _bert(pack: Pack) -> Any:
     what = f"{pack.model_id}: {pack.bert.name}"
     bert, info = BertModel.from_pretrained(
         pack.bert,
-        local_files_only=True,
         use_safetensors=True,
         add_pooling_layer=False,
         dtype=torch.float32,

@@ -9,18 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def own_chance(seed: int, device: Any) -> Any:
-    """A `torch.Generator` on the model's device; 0 is another one each time."""
-    import torch
-
-    generator = torch.Generator(device)
-    if seed:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
-    return generator
-
-
 def drawing(generator: Any, *, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
     """Keywords of `inference_stream`, in place of these three: the same candidates for each code,
     of which the generator draws.
