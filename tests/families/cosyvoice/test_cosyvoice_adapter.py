@@ -234,6 +234,20 @@ def test_a_long_recording_makes_flowing_text_wait_no_longer(
     assert taken["long"] == taken["short"] < 10
 
 
+def test_a_model_that_asks_for_more_text_gets_it_before_it_speaks(model: CosyVoice2Model) -> None:
+    bias = engine_of(model)._model.llm.llm_decoder.bias
+    kept = bias.detach().clone()
+    texts = iter(["abcde"] * 6)  # five tokens each, as many as a step of it takes
+    try:
+        bias.data[83] = 1e4
+        made = engine_of(model).tokens_while_written(texts, Manner("default", seed=7))
+        next(made)
+        assert len(list(texts)) == 4, "it asked once; asking again at once is a repetition"
+        made.close()
+    finally:
+        bias.data.copy_(kept)
+
+
 def test_who_waits_for_text_keeps_nobody_from_speaking(model: CosyVoice2Model) -> None:
     more, reached = threading.Event(), threading.Event()
 
