@@ -63,11 +63,11 @@ test-family NAME *ARGS:
 test-families:
     @just _beside "just test-family xtts" "just test-family sesame" "just test-family parler"
 
-# Command lines, two at a time, none of which looks at a clock. Each one's output in one piece, also in out/logs;
-# all run to their end, and where one failed this fails.
+# Command lines, two at a time, none of which looks at a clock; one thread of mathematics each, as two would wait for
+# the other's. Each one's output in one piece, also in out/logs; all run to their end, and where one failed this fails.
 _beside *COMMANDS:
     @mkdir -p out/logs
-    @printf '%s\0' "$@" | xargs -0 -P 2 -n 1 bash -c ' \
+    @printf '%s\0' "$@" | OMP_NUM_THREADS=1 xargs -0 -P 2 -n 1 bash -c ' \
         log="out/logs/${0//[^a-zA-Z0-9.]/-}.log"; status=0; \
         { echo "== $0"; $0 || status=$?; echo "== $0: exit status $status after $SECONDS s"; } >"$log" 2>&1; \
         cat "$log"; [ $status = 0 ]'
