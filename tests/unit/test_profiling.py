@@ -88,7 +88,7 @@ def options(argv: list[str], tool: str) -> list[str]:
 
 def test_ncu_follows_the_one_process_and_all_its_threads(tmp_path: Path) -> None:
     """An engine may start its kernels on another thread than the one that named the range; what
-    torch's compiler starts beside it speaks nothing. As `ncu --help` (2025.2) writes them."""
+    torch's compiler starts beside it speaks nothing. As `ncu --help` writes them."""
     _, asked = run(tmp_path, "ncu-tts", "sesame", "--port", "0")
     given = options(list(asked["argv"]), "ncu")
     switches = {"--nvtx", "--force-overwrite"}
