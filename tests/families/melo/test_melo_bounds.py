@@ -83,10 +83,11 @@ def test_pieces_hold_as_many_numbers_as_a_cache_takes_but_not_too_few_samples() 
 
 def test_before_every_layer_is_a_look() -> None:
     looks, look = counting()
-    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout()))
+    inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.ReLU())
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), inner)
     look_between_layers(net, look)
     net(torch.zeros(1, 2))
-    assert len(looks) == 2
+    assert len(looks) == 3
 
 
 def test_durations_of_speech_are_left_alone() -> None:

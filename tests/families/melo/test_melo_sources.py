@@ -38,7 +38,7 @@ TEXTS = [
     "Dr. Smith paid $3.50 on the 21st, at 10:30 pm, for 42 books.",
     "In 1999, 1,234 of them; 3.14 is not enough.",
     "Verve of five velvet vans. Judge Thursday's vision, young singer.",
-    "camelCase qzxv well-known",
+    "camelCase qzxv well-known café",
 ]
 
 

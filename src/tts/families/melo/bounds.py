@@ -15,7 +15,6 @@ from typing import Any
 # Speech has ten to fifteen phonemes a second, each with a blank beside it; this is a third of that.
 _LONGEST_S_PER_SYMBOL = 0.15
 _LONGEST_S = 2.0
-_MOST_LOG_FRAMES = 8.0
 
 # 1 MB of float32: it stays in a core's cache, so that pieces are no slower than the whole.
 _PIECE = 2**18
@@ -47,7 +46,7 @@ def bound_durations(log_frames: Any, frames_per_s: float) -> Any:
     The flow's memory grows with the square of their sum, so that broken weights could take it all.
     Both predictors' being in bounds, so is their weighted mean, whatever the weight.
     """
-    log_frames = log_frames.nan_to_num(nan=0.0).clamp(max=_MOST_LOG_FRAMES)
+    log_frames = log_frames.nan_to_num(nan=0.0)
     most = frames_per_s * (_LONGEST_S + _LONGEST_S_PER_SYMBOL * log_frames.shape[-1])
     beyond = log_frames.logsumexp(-1, keepdim=True) - math.log(most)
     return log_frames - beyond.clamp(min=0.0)

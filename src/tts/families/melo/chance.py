@@ -24,11 +24,11 @@ _mine = _Mine()
 @contextmanager
 def drawing_from(generator: Any) -> Iterator[None]:
     """Inside, on this thread, the network draws from it."""
-    before, _mine.generator = _mine.generator, generator
+    _mine.generator = generator
     try:
         yield
     finally:
-        _mine.generator = before
+        _mine.generator = None
 
 
 class _Torch(ModuleType):
