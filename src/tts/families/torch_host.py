@@ -51,11 +51,14 @@ def load_plain(model_id: str, path: Path, device: Any = "cpu") -> Any:
 
     Raises CorruptModel for one that cannot be read, and for one with pickled objects in it, which
     could run anything while they are read: with the command that turns it into a plain one.
+    `loading` tells memory that is short.
     """
     import torch
 
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except torch.cuda.OutOfMemoryError:
+        raise  # a RuntimeError, and no fault of the file
     except pickle.UnpicklingError as error:
         raise pickled(model_id, path) from error
     except _TORN as error:

@@ -250,3 +250,14 @@ def test_what_goes_wrong_while_speaking_is_told_without_the_text(
     with pytest.raises(becomes, match=says) as told, speaking("m"):
         raise raised
     assert told.type is becomes
+
+
+def test_memory_that_is_short_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise NO_MEMORY
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(Unavailable, match="does not fit"), loading("m", "cuda:0"):
+        load_plain("m", tmp_path / "a.pth", "cuda:0")
