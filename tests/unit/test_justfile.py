@@ -49,6 +49,7 @@ def ran(uv: Path, *words: str) -> str:
         (["test-family", "piper"], "<run><pytest><tests/unit/test_piper_adapter.py>"),
         (["bench-csm", "--note", "it's quiet"], "<benchmarks.csm><--note><it's quiet>"),
         (["bench-families", "piper", "--note", "a b"], "<benchmarks.families><piper><--note><a b>"),
+        (["voicepack-check"], "<-m><scripts.voicepack><check>"),
         (["voicepack", "xtts", "my voice"], "<fetch><xtts><my voice>"),
         (["voicepack-convert", "my model.pth", "--i-trust-it"], "<my model.pth><--i-trust-it>"),
         (["cli", "ws://host:1", "--in", "a b.wav"], "<--host><ws://host:1><--in><a b.wav>"),

@@ -331,25 +331,6 @@ def test_metadata_that_cannot_be_read_is_a_bad_pack(root: Path, capsys: Said) ->
 # --- the recipes, and the script of the document's name ---
 
 
-@pytest.mark.parametrize(
-    ("recipe", "command"),
-    [
-        (("voicepack", "xtts", "v2-en"), "python -m scripts.voicepack fetch xtts v2-en"),
-        (("voicepack-check",), "python -m scripts.voicepack check"),
-        (("voicepack-check", "xtts", "v2-en"), "python -m scripts.voicepack check xtts v2-en"),
-        (
-            ("voicepack-convert", "a b/model.pth", "--i-trust-it"),
-            "python -m scripts.voicepack_convert 'a b/model.pth' --i-trust-it",
-        ),
-    ],
-)
-def test_the_recipes_call_the_tool(recipe: tuple[str, ...], command: str) -> None:
-    just = str(Path(sys.executable).with_name("just"))
-    dry = subprocess.run([just, "--dry-run", *recipe], cwd=ROOT, capture_output=True, text=True)
-    assert command in dry.stderr
-    assert (ROOT / "scripts" / f"{command.split()[2].partition('.')[2]}.py").is_file()
-
-
 SCRIPT = ROOT / "scripts" / "setup_cosyvoice_voicepack.sh"
 
 
