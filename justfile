@@ -40,9 +40,10 @@ typecheck:
 test *ARGS:
     uv run pytest "$@"
 
-# What must pass before anything lands: what looks at no clock two at a time, what is heard in real time by itself.
+# What looks at no clock goes two at a time, the longest first; what is heard in real time, by itself.
+# What must pass before anything lands.
 ci: lint
-    @just _beside "just test-family xtts" "just test-family sesame" "just test-family parler" "just test tests/unit" "just typecheck"
+    @just _beside "just test-family sesame" "just test-family xtts" "just test tests/unit" "just test-family parler" "just typecheck"
     just test --ignore=tests/unit
 
 # The worker alone, on the oldest Python it supports (the CosyVoice container's), in a venv of its own.
@@ -59,9 +60,9 @@ test-python PYTHON *ARGS:
 test-family NAME *ARGS:
     @just _in {{ if NAME == "piper" { '"" pytest tests/unit/test_piper_adapter.py' } else { NAME + " pytest tests/families/" + NAME } }} "${@:2}"
 
-# Those that are packages.
+# The families that are packages: sesame, xtts and parler.
 test-families:
-    @just _beside "just test-family xtts" "just test-family sesame" "just test-family parler"
+    @just _beside "just test-family sesame" "just test-family xtts" "just test-family parler"
 
 # Command lines, two at a time, none of which looks at a clock; one thread of mathematics each, as two would wait for
 # the other's. Each one's output in one piece, also in out/logs; all run to their end, and where one failed this fails.
