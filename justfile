@@ -159,19 +159,23 @@ run-tts-cosy *ARGS:
 run-tts-sesame *ARGS:
     @just _run-tts sesame sesame sesame-csm-1b 7001 "$@"
 
-# These are in an environment of their own, too, and also say what to download.
+# XTTS-v2. As Sesame's and the next three, in an environment of its own; without weights they say what to download.
 run-tts-xtts *ARGS:
     @just _run-tts xtts xtts xtts-v2-en 7001 "$@"
 
+# Parler-TTS.
 run-tts-parler *ARGS:
     @just _run-tts parler parler_tts parler-tts-mini-v1 7001 "$@"
 
+# Spark-TTS; SPARK_HOME names its sources.
 run-tts-spark *ARGS:
     @just _run-tts spark spark_tts spark-tts-0.5b 7001 "$@"
 
+# MeloTTS; MELO_HOME names its sources.
 run-tts-melo *ARGS:
     @just _run-tts melo melo melo-en 7001 "$@"
 
+# Piper, on the processor, with the embedded voice.
 run-tts-piper *ARGS:
     @just _run-tts "" piper piper-en-joe 7002 DEVICE=cpu "$@"
 
