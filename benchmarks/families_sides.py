@@ -7,6 +7,7 @@ gets the network that the adapter loaded, and `bare` says so.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -212,6 +213,7 @@ class Melo:
 
         network = model._network
         net, bert = network._net, network._bert
+        bare_net, bare_bert = (_without_bounds(part) for part in (net, bert))
         known: dict[str, tuple[Any, Any, Any]] = {}
 
         def inputs(text: str) -> tuple[Any, Any, Any]:
@@ -239,10 +241,23 @@ class Melo:
         def say(text: str) -> Iterator[Float32]:
             read, args, kwargs = inputs(text)
             with torch.inference_mode():
-                bert(**read)
-                yield net.infer(*args, **kwargs)[0][0, 0].float().numpy()
+                bare_bert(**read)
+                yield bare_net.infer(*args, **kwargs)[0][0, 0].float().numpy()
 
         return say
+
+
+def _without_bounds(part: Any) -> Any:
+    """A copy of a network as the package left it, without what the adapter hangs on its layers."""
+    from src.tts.families.melo import bounds
+
+    copied = copy.deepcopy(part)
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook.__module__ == bounds.__name__]:
+                del hooks[key]
+    return copied
 
 
 class CosyVoice:
