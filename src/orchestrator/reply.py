@@ -205,7 +205,7 @@ class Reply:
         while True:
             await self._ordered.wait()
             self._ordered.clear()
-            if self._order is None or self._track is None:
+            if self._order is None or self._track is None or self._track.closed:
                 continue
             action, since_ms = self._order
             try:

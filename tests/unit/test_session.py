@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -839,6 +839,19 @@ def move(talk: Conversation, kind: str, what: str) -> None:
     moves=st.lists(st.tuples(_MOVES, st.integers(0, 900)), max_size=12),
     acks=st.booleans(),
     speculative=st.booleans(),
+)
+@example(  # a pause that is ordered while the lost worker's utterance is being closed
+    moves=[
+        (("say", "stop"), 194),
+        (("type", "typed words"), 0),
+        (("break", "worker"), 227),
+        (("say", "what about it"), 540),
+        (("cough", "40"), 900),
+        (("speak", "Words to be spoken."), 900),
+        (("say", "stop"), 0),
+    ],
+    acks=False,
+    speculative=False,
 )
 def test_any_conversation_keeps_its_promises(
     moves: list[tuple[tuple[str, str], int]], acks: bool, speculative: bool
