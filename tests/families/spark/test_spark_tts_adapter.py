@@ -441,7 +441,7 @@ def test_models_come_and_go_and_leave_nothing(voiced_pack: Path) -> None:
         model.unload()
         gc.collect()
         assert [ref() for ref in dead] == [None, None]
-        with pytest.raises(UnknownName):
+        with pytest.raises(Internal, match="is unloaded"):
             next(model.stream([Segment(SHORT, 0)], VoiceSpec("", ""), CancelToken()))
 
 

@@ -172,7 +172,7 @@ class SparkTtsModel:
 
     def unload(self) -> None:
         self._parts = None
-        self._voices.clear()
+        self._voices = dict.fromkeys(self._voices)
         give_back_memory(self._device)
 
     def _say(self, text: str, speaker: _Speaker, cancel: CancelToken) -> Iterator[Float32]:
